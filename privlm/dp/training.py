@@ -1,0 +1,226 @@
+"""One training loop; where its gradients come from is a value.
+
+:class:`PrivateGradients` is DP-SGD: sample, clip, record, noise, normalise.
+:class:`PlainGradients` is the baseline without protection. Both feed
+:func:`fit`, which knows nothing of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from privlm.data import TokenBlocks
+from privlm.dp.clipping import NonFiniteGradient, PerExampleClipping, PerExampleLoss
+from privlm.dp.ledger import Ledger
+from privlm.dp.plan import Plan
+from privlm.models import per_example_loss
+from protocols.randomness import Stream
+
+
+class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which first-order optimiser consumes the gradients.
+
+    With clipped gradients plain SGD wants learning rates near 1, because a step
+    moves the parameters by at most learning_rate × max_grad_norm.
+    """
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimiser over ``parameters``."""
+        if self.kind == "sgd":
+            return torch.optim.SGD(
+                parameters,
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+class Gradients(Protocol):
+    """An endless source of gradients, one tensor a trained parameter."""
+
+    def next(self) -> tuple[Tensor, ...]:
+        """The gradient of the coming step."""
+        ...
+
+
+class PlainGradients:
+    """Mean gradients of shuffled batches: no protection whatsoever.
+
+    Args:
+        model: the model in training.
+        loss: per-example loss.
+        examples: shape (N, ...).
+        batch_size: at most N are used at once.
+        generator: order of the batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerExampleLoss,
+        examples: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+    ) -> None:
+        if len(examples) == 0:
+            raise ValueError("there are no examples to train on")
+        self._model = model
+        self._loss = loss
+        self._batches = _shuffled_batches(examples, batch_size, generator)
+        self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
+
+    def next(self) -> tuple[Tensor, ...]:
+        """The mean gradient of the next batch.
+
+        Raises:
+            NonFiniteGradient: the loss of the batch is NaN or infinite.
+        """
+        self._model.train()
+        loss = self._loss(self._model, next(self._batches)).mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteGradient(
+                "the loss is not finite; lower the learning rate, or look for NaN in the data"
+            )
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return tuple(
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self._parameters, gradients, strict=True)
+        )
+
+
+class PrivateGradients:
+    """DP-SGD's gradients (Abadi et al. 2016, algorithm 1): the only way to a private model.
+
+    Every step draws a Poisson batch, clips and sums its per-example gradients,
+    writes the step to the ledger, adds noise, and divides by the expected batch
+    size. An empty batch releases noise like any other.
+
+    Args:
+        clipping: an entered :class:`PerExampleClipping` over the model in training.
+        examples: shape (N, ...), the private data.
+        plan: the public parameters.
+        ledger: the data set's record; written before every release.
+        run: this run's name in the ledger.
+        stream: secret randomness; sampling and noise use children of it.
+    """
+
+    def __init__(
+        self,
+        clipping: PerExampleClipping,
+        examples: Tensor,
+        plan: Plan,
+        ledger: Ledger,
+        run: str,
+        stream: Stream,
+    ) -> None:
+        self._clipping = clipping
+        self._examples = examples
+        self._plan = plan
+        self._ledger = ledger
+        self._run = run
+        self._sampling = stream.child("sampling")
+        self._noise = stream.child("noise")
+
+    def next(self) -> tuple[Tensor, ...]:
+        """The noised, normalised gradient of the next step.
+
+        Raises:
+            NonFiniteGradient, LedgerError: before anything was released.
+            BudgetSpent: the plan's steps are all on the ledger.
+        """
+        if self._ledger.steps(self._run) >= self._plan.steps:
+            raise BudgetSpent(
+                f"all {self._plan.steps} steps of the plan are spent; another would exceed the "
+                "guarantee. Make a new plan with a larger budget to train on"
+            )
+        batch = self._plan.sampler.draw(len(self._examples), self._sampling)
+        clipped = self._clipping.clipped_sum(self._examples[batch])
+        self._ledger.record(self._run, self._plan)
+        release = self._plan.mechanism.release(clipped, self._noise)
+        return tuple(value / self._plan.expected_batch_size for value in release.values)
+
+
+class BudgetSpent(ValueError):
+    """One more step would exceed the guarantee that the plan gives."""
+
+
+@contextmanager
+def private_gradients(
+    model: nn.Module,
+    loss: PerExampleLoss,
+    examples: Tensor,
+    plan: Plan,
+    ledger: Ledger,
+    *,
+    run: str,
+    stream: Stream,
+    microbatch_size: int = 64,
+) -> Iterator[PrivateGradients]:
+    """:class:`PrivateGradients` over ``model``, whose hooks are removed on leaving."""
+    with PerExampleClipping(model, loss, plan.max_grad_norm, microbatch_size) as clipping:
+        yield PrivateGradients(clipping, examples, plan, ledger, run, stream)
+
+
+def fit(
+    model: nn.Module,
+    gradients: Gradients,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Take one optimiser step per element of ``steps``.
+
+    Args:
+        model: its parameters that require a gradient are trained, in place.
+        gradients: where the gradients come from.
+        optimizer: over exactly those parameters.
+        steps: the numbers of the steps still to take.
+        after_step: called with the number of steps taken so far; may raise to stop.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in steps:
+        for parameter, gradient in zip(parameters, gradients.next(), strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        after_step(step + 1)
+
+
+def _shuffled_batches(
+    examples: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    while True:
+        order = torch.randperm(len(examples), generator=generator)
+        for batch in order.split(batch_size):
+            yield examples[batch]
+
+
+def examples_of(blocks: TokenBlocks) -> Tensor:
+    """Token blocks as one tensor of examples: ids and target mask, int64 of shape (N, 2, T)."""
+    return torch.stack([blocks.ids_NT, blocks.mask_NT.long()], dim=1)
+
+
+def causal_lm_loss(model: nn.Module, examples_N2T: Tensor) -> Tensor:
+    """Per-example loss of a causal language model on :func:`examples_of`; shape (N,)."""
+    ids_NT, mask_NT = examples_N2T[:, 0].contiguous(), examples_N2T[:, 1].bool()
+    return per_example_loss(model(ids_NT), ids_NT, mask_NT)

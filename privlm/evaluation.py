@@ -1,0 +1,61 @@
+"""What a model is still good for, measured on documents that nobody trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from privlm.data import TokenBlocks, Tokenizer
+from privlm.models import token_log_probs
+
+
+@dataclass(frozen=True)
+class DocumentBits:
+    """Code length of each test document and its size; their ratio is bits per byte.
+
+    Shape suffix: D documents, which are the independent units of any interval.
+    """
+
+    bits_D: npt.NDArray[np.float64]
+    bytes_D: npt.NDArray[np.float64]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Σ bits / Σ bytes: comparable between tokenizers; lower is better."""
+        return float(self.bits_D.sum() / self.bytes_D.sum())
+
+
+@torch.no_grad()
+def document_bits(
+    model: nn.Module, blocks: TokenBlocks, tokenizer: Tokenizer, batch_size: int = 256
+) -> DocumentBits:
+    """Bits that ``model`` needs for each document's predicted tokens, and the bytes they stand for.
+
+    Raises:
+        ValueError: the model's output is not finite, or ``blocks`` is empty.
+    """
+    if not len(blocks):
+        raise ValueError("there are no test documents; give the test split a larger share")
+    model.eval()
+    byte_V = torch.from_numpy(tokenizer.n_bytes_V)
+    bits_N, bytes_N = [], []
+    for ids_BT, mask_BT in zip(
+        blocks.ids_NT.split(batch_size), blocks.mask_NT.split(batch_size), strict=True
+    ):
+        target_BS = mask_BT[:, 1:]
+        nats_BS = -token_log_probs(model(ids_BT), ids_BT)
+        bits_N.append((nats_BS * target_BS).sum(1).double() / np.log(2))
+        bytes_N.append((byte_V[ids_BT[:, 1:]] * target_BS).sum(1).double())
+    bits, size = torch.cat(bits_N), torch.cat(bytes_N)
+    if not bool(torch.isfinite(bits).all()):
+        raise ValueError("the model's predictions are not finite; it has diverged")
+    document_N = blocks.document_N
+    zero_D = torch.zeros(int(document_N.max()) + 1, dtype=torch.float64)
+    return DocumentBits(
+        zero_D.index_add(0, document_N, bits).numpy(),
+        zero_D.index_add(0, document_N, size).clamp(min=1).numpy(),
+    )
