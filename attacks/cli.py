@@ -1,0 +1,34 @@
+"""``privlm audit``: registered with the command line by entry point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def audit(
+    suite: Annotated[
+        Path | None, typer.Argument(help="YAML file; the default suite if none is named.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report; made if missing.")] = Path(
+        "audit"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print findings.json and nothing else.")
+    ] = False,
+) -> None:
+    """Train with and without protection, attack every model, print what each one leaks.
+
+    Exits with 1 when a lower bound exceeds what a protection claims.
+    """
+    from attacks.report import write_report
+    from attacks.suite import load_suite, run_suite
+    from attacks.targets import watching
+
+    config = load_suite(suite)
+    out.mkdir(parents=True, exist_ok=True)
+    result = run_suite(config, ledger_dir=out / "ledgers", watch=watching(quiet=as_json))
+    write_report(result, out, as_json=as_json)
+    raise typer.Exit(1 if result.exceeds_claim else 0)
