@@ -43,6 +43,7 @@ from attacks.threat import (
     ReleasedModel,
     Scores,
     Status,
+    promised,
 )
 
 Floats = npt.NDArray[np.float64]
@@ -206,13 +207,17 @@ def _judge_epsilon(bound: OneRunBound, claim: Claim) -> tuple[Status, str]:
             return Status.LEAK, "membership shows, and nothing was claimed"
         return Status.NOT_EVALUABLE, "nothing was claimed and this attack found nothing"
     if bound.epsilon > claim.epsilon:
-        return Status.LEAK, f"the lower bound exceeds the claimed ε = {claim.epsilon:.3g}"
+        return Status.LEAK, f"the lower bound exceeds the claimed ε = {promised(claim.epsilon)}"
     if bound.ceiling <= claim.epsilon:
         return Status.NOT_EVALUABLE, (
             f"even a perfect attack on {bound.canaries:,} records reaches only "
-            f"{bound.ceiling:.2f} ≤ ε = {claim.epsilon:.3g}; {_what_would_do(bound, claim.epsilon)}"
+            f"{bound.ceiling:.2f} ≤ ε = {promised(claim.epsilon)}; "
+            f"{_what_would_do(bound, claim.epsilon)}"
         )
-    return Status.WITHIN_CLAIM, f"the lower bound stays within the claimed ε = {claim.epsilon:.3g}"
+    return (
+        Status.WITHIN_CLAIM,
+        f"the lower bound stays within the claimed ε = {promised(claim.epsilon)}",
+    )
 
 
 def _what_would_do(bound: OneRunBound, epsilon: float) -> str:

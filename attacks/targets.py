@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from attacks.threat import Claim, Evaluated, ReleasedModel, SecretSlots
+from attacks.threat import Claim, Evaluated, ReleasedModel, SecretSlots, promised
 from privlm.config import (
     AtLeastOne,
     ConfigError,
@@ -119,7 +119,7 @@ class NoProtection(
     """Ordinary training: the baseline that shows what the attacks can do."""
 
     name: str = "no protection"
-    epochs: AtLeastOne = 20
+    epochs: AtLeastOne = 8
     batch_size: AtLeastOne = 64
     optimizer: OptimizerConfig = OptimizerConfig(kind="adamw", learning_rate=3e-3)
 
@@ -129,10 +129,10 @@ class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     name: str
     privacy: PrivacyConfig
-    epochs: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 20.0
+    epochs: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 12.0
     batch_size: AtLeastOne = 256
     microbatch_size: AtLeastOne = 64
-    optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", learning_rate=2.0)
+    optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", learning_rate=0.5)
 
 
 Protection = NoProtection | DpSgd
@@ -349,7 +349,7 @@ def _dp_sgd(
             "chosen without the private data"
         ),
         guarantee=(
-            f"({guarantee.epsilon_text}, {guarantee.delta:g})-DP for adding or removing one "
+            f"({promised(guarantee.epsilon)}, {guarantee.delta:g})-DP for adding or removing one "
             f"{unit}, by {guarantee.accountant}"
         ),
         epsilon=guarantee.epsilon,

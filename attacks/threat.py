@@ -9,6 +9,7 @@ B records scored at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -44,6 +45,11 @@ class Claim:
     guarantee: str
     epsilon: float | None = None
     delta: float | None = None
+
+
+def promised(epsilon: float) -> str:
+    """A claimed ε in print: at most three decimals, rounded up so that it still holds."""
+    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000) / 1000:g}"
 
 
 class Status(StrEnum):

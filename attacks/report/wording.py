@@ -16,7 +16,7 @@ from attacks.report.findings import (
     Findings,
     ProtectionRecord,
 )
-from attacks.threat import Population, Status
+from attacks.threat import Population, Status, promised
 
 NONE = "–"
 _SLACK = 1e-9  # 4.74 stored as 4.7399999999 is still 4.74
@@ -85,7 +85,9 @@ def short_claim(claim: ClaimRecord) -> str:
     """A claim in a narrow column."""
     if claim.epsilon is None:
         return claim.guarantee
-    return f"ε = {claim.epsilon:.3g}" + ("" if claim.delta is None else f"\nδ = {claim.delta:g}")
+    return f"ε = {promised(claim.epsilon)}" + (
+        "" if claim.delta is None else f"\nδ = {claim.delta:g}"
+    )
 
 
 def full_claim(claim: ClaimRecord) -> str:
