@@ -1,6 +1,7 @@
 """Real numbers as ring elements, with the overflow bound stated and enforced."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -22,6 +23,9 @@ class Encoded(NamedTuple, Generic[A]):
     elements: A
     clipped_fraction: float
 
+    def __repr__(self) -> str:
+        return "Encoded(elements=…, clipped_fraction=…)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint(Generic[A]):
@@ -36,6 +40,7 @@ class FixedPoint(Generic[A]):
 
     Args:
         clip: greatest magnitude of a value; larger ones are clipped, and the fraction reported.
+            From 2^-900 to 2^900, so that neither step nor a sum leaves the normal float64s.
         bits: of one encoded value, sign included; from 2 to 32.
         clients: greatest number of encoded vectors that are ever summed.
         ring: in which they are summed.
@@ -51,8 +56,12 @@ class FixedPoint(Generic[A]):
     ring: Ring[A]
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.clip) and self.clip > 0):
-            raise ValueError(f"clip must be positive and finite, got {self.clip}")
+        # In NumPy's numbers the bound below would itself wrap, and the scale lose digits.
+        object.__setattr__(self, "clip", float(self.clip))
+        object.__setattr__(self, "bits", operator.index(self.bits))
+        object.__setattr__(self, "clients", operator.index(self.clients))
+        if not 2.0**-900 <= self.clip <= 2.0**900:
+            raise ValueError(f"clip must lie in [2^-900, 2^900], got {self.clip}")
         if not 2 <= self.bits <= 32:
             raise ValueError(f"bits must lie in [2, 32], got {self.bits}")
         if self.clients < 1:
@@ -83,7 +92,8 @@ class FixedPoint(Generic[A]):
         """Greatest error of one value within ±clip, rounded to nearest, in the unit of the values.
 
         Half a step and the rounding of float64. At random it is twice that, and of mean zero. The
-        error of a sum is at most that of one value times the number of clients.
+        error of a sum is at most that of one value times the number of clients. Decoding into
+        floats narrower than float64 adds their rounding.
         """
         return self.step * (0.5 + 2.0 ** (self.bits - 52))
 
@@ -93,8 +103,9 @@ class FixedPoint(Generic[A]):
         """Clip and scale `values`, and round them to ring elements of the same shape.
 
         Without a stream they are rounded to the nearest integer. With one, y is rounded up with
-        probability y - ⌊y⌋, so that E[decode(encode(x))] = clip(x) up to 2^-52 relative error
-        in scaling: the error then averages out over clients.
+        probability y - ⌊y⌋ to within 2^-53, so that E[decode(encode(x))] = clip(x) up to a relative
+        error of 2^-51 from scaling there and back and 2^-53 steps: the error then averages out over
+        clients.
 
         Args:
             values: floats of any width, contiguous, in host memory; left as they are.
@@ -135,15 +146,16 @@ class FixedPoint(Generic[A]):
             out: contiguous floats of the same shape to overwrite; fresh float64 ones if None.
 
         Raises:
-            ValueError: `count` exceeds `clients`, so that the sum may have wrapped.
+            ValueError: `count` exceeds `clients`, so that the sum may have wrapped, or `out` is
+                not as described.
 
         """
         if not 1 <= count <= self.clients:
             raise ValueError(f"count must lie in [1, {self.clients}], got {count}")
         shape = self.ring.check(total)
         real = torch.empty(shape, dtype=torch.float64) if out is None else out
-        if tuple(real.shape) != shape or not real.is_floating_point():
-            raise ValueError(f"out must hold floats of shape {shape}")
+        if tuple(real.shape) != shape or not (real.is_floating_point() and real.is_contiguous()):
+            raise ValueError(f"out must hold contiguous floats of shape {shape}")
         real_N = real.view(-1)
         for index, total_B in enumerate(self.ring.blocks(total)):
             sum_B = self.ring.to_integers(total_B).to(torch.float64)
@@ -167,11 +179,14 @@ class FixedPoint(Generic[A]):
 
         The sum without noise leaves h steps of room on either side. For noise of variance proxy
         σ² (Gaussian; discrete Gaussian, Canonne, Kamath and Steinke 2020, Corollary 17), the tail
-        bound gives P <= coordinates · 2 exp(-h²/2σ²).
+        bound gives P <= coordinates · 2 exp(-h²/2σ²). Proxies of independent noises add up. Noise
+        with heavier tails (Laplace, Skellam, binomial) is not covered, nor is what rounding a
+        Gaussian to steps adds: up to half a step for each noise rounded.
 
         Args:
-            noise_std: standard deviation σ of all the noise in one coordinate of the sum, in the
-                unit of the values.
+            noise_std: root σ of the variance proxy of all the noise in one coordinate of the sum,
+                in the unit of the values. Of a Gaussian it is the standard deviation; of a discrete
+                Gaussian the parameter, which far below one step exceeds the standard deviation.
             coordinates: how many sums are decoded.
 
         """
@@ -180,7 +195,8 @@ class FixedPoint(Generic[A]):
         if noise_std == 0:
             return 0.0
         room = (self.ring.largest_integer - self.largest_sum + 1) * self.step
-        return min(1.0, 2.0 * coordinates * math.exp(-0.5 * (room / noise_std) ** 2))
+        sigmas = room / noise_std
+        return min(1.0, 2.0 * coordinates * math.exp(-0.5 * sigmas * sigmas))
 
     def _count_clipped(self, x_B: torch.Tensor, start: int, shape: tuple[int, ...]) -> int:
         # One pass over the common case: NaN and infinities show in the extremes.

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from msgspec import Meta
 
 from protocols.errors import BadSignature, ConflictingKey, UntrustedKey, UnusableKey
-from protocols.files import write_atomically
+from protocols.files import sync_directory, write_atomically
 from protocols.randomness import Stream, hkdf_sha256
 
 KEY_BYTES = 32
@@ -32,6 +32,7 @@ _AGREEMENT_INFO = b"privlm/protocols/agreement/v1\x00"
 _SIGNATURE_PREFIX = b"privlm/protocols/signature/v1\x00"
 _MAX_KEY_FILE_BYTES = 1 << 14
 _MAX_STORE_BYTES = 1 << 26
+_P = (1 << 255) - 19  # coordinates of both curves are integers modulo p
 
 K = TypeVar("K", X25519PrivateKey, Ed25519PrivateKey)
 
@@ -136,13 +137,17 @@ class AgreementKey(_PrivateKey[X25519PrivateKey]):
 
         Raises:
             UnusableKey: the peer's key is of low order (RFC 7748, section 6.1), is this key
-                reflected, or is no key.
+                reflected, or is no key. RFC 7748 takes several strings for one point (top bit
+                set, coordinate of p or more); here only the one that `public` gives is a key, or
+                this key could be reflected in disguise.
 
         """
         if not context:
             raise ValueError("an agreement needs a context that says what it is for")
         if peer == self.public:
             raise UnusableKey("the peer's key is our own")
+        if not _is_agreement_key(peer):
+            raise UnusableKey("the peer's key is of low order, or no key at all")
         first, second = sorted((self.public, peer))
         info = _AGREEMENT_INFO + first + second + context
         return hkdf_sha256(self._exchange(peer), salt=b"", info=info, length=32)
@@ -182,9 +187,12 @@ def verify(public: bytes, signature: bytes, message: bytes, context: bytes) -> b
     """Return `message` if `signature` is its signature in `context` under the key `public`.
 
     Raises:
-        BadSignature: it is not, for whatever reason.
+        BadSignature: it is not, for whatever reason. Keys of low order are refused: under those one
+            signature would hold for many messages, or all.
 
     """
+    if not _is_signing_key(public):
+        raise BadSignature("the signature is not valid")
     _verify(public, signature, _framed(message, context))
     return message
 
@@ -203,15 +211,52 @@ def _framed(message: bytes, context: bytes) -> bytes:
     return _SIGNATURE_PREFIX + bytes([len(context)]) + context + message
 
 
+def _coordinate(public: bytes) -> int:
+    return int.from_bytes(public, "little")
+
+
+# u-coordinates of the points whose order divides 8, and y-coordinates likewise: RFC 7748, section
+# 6.1, and RFC 8032, section 5.1.7, leave it to the protocol to refuse them.
+_X25519_ORDER_8 = _coordinate(
+    bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")
+)
+_X25519_ORDER_8_TWIST = _coordinate(
+    bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157")
+)
+_ED25519_ORDER_8 = _coordinate(
+    bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05")
+)
+_LOW_ORDER_U = frozenset({0, 1, _P - 1, _X25519_ORDER_8, _X25519_ORDER_8_TWIST})
+_LOW_ORDER_Y = frozenset({0, 1, _P - 1, _ED25519_ORDER_8, _P - _ED25519_ORDER_8})
+
+
+def _is_agreement_key(public: bytes) -> bool:
+    """Whether `public` is the one encoding of a point that is not of low order."""
+    u = _coordinate(public)
+    return len(public) == KEY_BYTES and u < _P and u not in _LOW_ORDER_U
+
+
+def _is_signing_key(public: bytes) -> bool:
+    """Whether `public` is a sign and the one encoding of a y that no point of low order has."""
+    y = _coordinate(public) & ((1 << 255) - 1)
+    return len(public) == KEY_BYTES and y < _P and y not in _LOW_ORDER_Y
+
+
 PublicKey = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
-Time = Annotated[int, Meta(ge=0, le=1 << 40)]
+_MAX_NAME = 128
+_MAX_TIME = 1 << 40
+_MAX_TRUSTED = 100_000
+_MAX_RETIRED = 1_000_000
+Name = Annotated[str, Meta(min_length=1, max_length=_MAX_NAME)]
+Time = Annotated[int, Meta(ge=0, le=_MAX_TIME)]
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A name and its public keys, to be trusted from `not_before` to `not_after`, both included.
 
-    Times are seconds since 1970-01-01 UTC.
+    Times are seconds since 1970-01-01 UTC. ValueError if a name is empty or longer than 128
+    characters, a time is no whole number from 0 to 2^40, or a key is of low order or not in its one
+    encoding: a second encoding would let a key that is known, or was revoked, pass for a new one.
     """
 
     name: Name
@@ -221,14 +266,24 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     not_after: Time
 
     def __post_init__(self) -> None:
+        # msgspec checks the bounds above when it decodes, not when Python makes an identity.
+        if not isinstance(self.name, str) or not 1 <= len(self.name) <= _MAX_NAME:
+            raise ValueError(f"a name has 1 to {_MAX_NAME} characters")
+        if not self.name.isprintable():
+            raise ValueError("a name is printable")
+        if not _is_signing_key(self.signing_key) or not _is_agreement_key(self.agreement_key):
+            raise ValueError(f"a key of {self.name!r} is of low order, or no key at all")
+        for time in (self.not_before, self.not_after):
+            if not isinstance(time, int) or not 0 <= time <= _MAX_TIME:
+                raise ValueError(f"a time lies in [0, 2^40], got {time}")
         if self.not_before > self.not_after:
             raise ValueError("not_before lies after not_after")
 
 
 class _StoreFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     version: Annotated[int, Meta(ge=1, le=1)] = 1
-    trusted: Annotated[list[Identity], Meta(max_length=100_000)]
-    retired: Annotated[list[Identity], Meta(max_length=1_000_000)]
+    trusted: Annotated[list[Identity], Meta(max_length=_MAX_TRUSTED)]
+    retired: Annotated[list[Identity], Meta(max_length=_MAX_RETIRED)]
 
 
 class TrustStore:
@@ -295,9 +350,21 @@ class TrustStore:
         return identity
 
     def save(self, path: Path) -> None:
-        """Replace the JSON file at `path` whole or not at all."""
+        """Replace the JSON file at `path` whole or not at all.
+
+        Raises:
+            ValueError: the store has outgrown what `load` takes; the file is left as it is.
+
+        """
         content = _StoreFile(trusted=list(self._trusted.values()), retired=self._retired)
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(content), indent=2))
+        data = msgspec.json.format(msgspec.json.encode(content), indent=2)
+        if (
+            len(data) > _MAX_STORE_BYTES
+            or len(self._trusted) > _MAX_TRUSTED
+            or len(self._retired) > _MAX_RETIRED
+        ):
+            raise ValueError(f"{path} would be longer than a store that can be loaded")
+        write_atomically(path, data)
 
     @classmethod
     def load(cls, path: Path) -> "TrustStore":
@@ -343,9 +410,14 @@ class TrustStore:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """Create a file of mode 0600 and see it to the disk."""
+    """Create a file of mode 0600 and see it to the disk; leave none if that fails."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)

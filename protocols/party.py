@@ -75,7 +75,7 @@ class Party(ABC):
     A subclass implements `_on_start`, `_on_message` and, where it can go on without everybody,
     `_on_deadline`, and calls `_finish` when it is done. Inside them it draws all it needs from
     `self._stream` and, if a library draws for it, reports that with `_record_randomness`; the view
-    is then complete.
+    is then complete. A party can be neither copied nor pickled: the copy would play a second time.
 
     Args:
         name: by which the others address it.
@@ -91,6 +91,9 @@ class Party(ABC):
         self._stream = Stream(seed, _PARTY_LABEL)
         self._inputs = dict(inputs)
         self._randomness = {"seed": seed}
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PartySpent(f"a copy of {self.name} would play twice under the same secrets")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, state={self.state.value})"

@@ -6,6 +6,7 @@ take a NumPy or torch generator instead, so that the type checker keeps the two 
 """
 
 import math
+import operator
 import os
 import sys
 from fractions import Fraction
@@ -67,12 +68,13 @@ class Stream:
     Streams under different labels, and the children of a stream, are independent as long as
     HMAC-SHA256 is a pseudorandom function. Neither seed nor label has a default: one seed under one
     label is one keystream, and using that twice reveals the difference of what it hides. For the
-    same reason a stream can be neither copied nor pickled, and refuses to be read in a forked
-    process.
+    same reason a stream can be neither copied nor pickled, and in a forked process it neither gives
+    bytes nor derives children: both processes would derive the same ones.
 
     A stream may give 2^68 bytes: from 2^64 blocks on, AES-CTR is distinguishable from random, for
     its blocks never repeat. The bound is not checked; at 10 GB/s it is 900 years away. Reading
-    takes constant memory beyond the output. A stream belongs to one thread: two threads reading
+    takes constant memory beyond the output; `bytes` and `permutation` hold a few copies of theirs.
+    A stream belongs to one thread: two threads reading
     one stream would make its output depend on their timing. Give each thread a child of its own.
 
     Args:
@@ -113,7 +115,12 @@ class Stream:
         It depends on this stream's seed and label and on `label` alone, never on how much has been
         read, and is independent of this stream and of every other child. Deriving one label twice
         gives one keystream twice.
+
+        Raises:
+            KeystreamReused: this process is a fork of the one that made the stream.
+
         """
+        self._require_own_process()
         return Stream(self._child_secret, label)
 
     def fill(self, array: NDArray[np.integer] | torch.Tensor) -> None:
@@ -131,6 +138,7 @@ class Stream:
             if array.device.type != "cpu":
                 raise ValueError(f"a stream fills host memory, not {array.device}")
             array = array.detach().numpy()
+        array = np.asarray(array)  # a subclass, such as np.matrix, may not flatten
         if array.dtype.kind not in "iu":
             raise ValueError(f"uniform bytes are no uniform {array.dtype}: fill integers")
         if not (array.flags.c_contiguous and array.flags.writeable):
@@ -143,6 +151,7 @@ class Stream:
 
         64-bit words from the largest multiple of `bound` on are rejected.
         """
+        bound = operator.index(bound)  # NumPy's integers would overflow below
         if not 1 <= bound <= 1 << 63:
             raise ValueError(f"bound must lie in [1, 2^63], got {bound}")
         return self._below(bound, shape).view(np.int64)
@@ -157,6 +166,7 @@ class Stream:
 
     def field_elements(self, modulus: int, shape: Shape) -> NDArray[np.uint64]:
         """Draw uniform elements of Z_p, for a prime 2 <= p < 2^64, without bias (by rejection)."""
+        modulus = operator.index(modulus)
         if not 2 <= modulus < 1 << 64:
             raise ValueError(f"modulus must lie in [2, 2^64), got {modulus}")
         return self._below(modulus, shape)
@@ -228,12 +238,15 @@ class Stream:
         return out
 
     def _write_into(self, out: memoryview) -> None:
+        self._require_own_process()
+        self._keystream.write_into(out)
+
+    def _require_own_process(self) -> None:
         if os.getpid() != self._process:
             raise KeystreamReused(
                 f"stream {self._label!r} was made in another process: a fork would repeat its "
-                "keystream; derive a child for each process before forking, or pass a seed"
+                "keystream; draw a seed for each process before forking, and pass it"
             )
-        self._keystream.write_into(out)
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         words = np.empty(count, np.uint64)
@@ -269,6 +282,9 @@ class Stream:
         self.__copy__()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__copy__()
+
+    def __getstate__(self) -> NoReturn:
         self.__copy__()
 
     # Last, because inside the class body the name shadows the type from here on.

@@ -7,7 +7,7 @@ parties and checks whatever shares come on top.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -82,6 +82,15 @@ class VectorShare(AdditiveShare[A]):
             self.ring.add_(total_B, elements_B)
 
 
+def _require_apart(out: object, shares: Iterable[AdditiveShare[A]]) -> None:
+    """Raise ValueError if clearing `out` would clear a share before it was added."""
+    for share in shares:
+        if isinstance(share, VectorShare) and np.may_share_memory(
+            np.asarray(out), np.asarray(share.elements)
+        ):
+            raise ValueError(f"out is the memory of share {share.index}, which is still needed")
+
+
 def share_additive(
     secret: A, ring: Ring[A], parties: int, stream: Stream, *, out: A | None = None
 ) -> list[AdditiveShare[A]]:
@@ -133,7 +142,7 @@ class ShareSum(Generic[A]):
         out: elements of the same shape to overwrite with the sum; fresh ones if None.
 
     Raises:
-        ValueError: `out` has another shape.
+        ValueError: `out` has another shape, or is the memory of the share.
 
     """
 
@@ -143,6 +152,7 @@ class ShareSum(Generic[A]):
         self._total = first.ring.empty(first.shape) if out is None else out
         if first.ring.check(self._total) != first.shape:
             raise ValueError(f"out has shape {first.ring.check(self._total)}, not {first.shape}")
+        _require_apart(self._total, [first])
         _clear_(first.ring, self._total)
         self.add(first)
 
@@ -181,7 +191,7 @@ def open_additive(shares: Sequence[AdditiveShare[A]], *, out: A | None = None) -
         out: elements of the same shape to overwrite with the secret; fresh ones if None.
 
     Raises:
-        ValueError: `out` has another shape.
+        ValueError: `out` has another shape, or is the memory of a share.
         InconsistentShares: the shares differ in ring, shape or number of parties.
         DuplicateShare: two shares of one party.
         MissingShares: not every party's share is there.
@@ -198,6 +208,7 @@ def open_additive(shares: Sequence[AdditiveShare[A]], *, out: A | None = None) -
     total = ring.empty(shape) if out is None else out
     if ring.check(total) != shape:
         raise ValueError(f"out has shape {ring.check(total)}, the secret {shape}")
+    _require_apart(total, shares)
     _clear_(ring, total)
     for share in shares:
         share.add_to_(total)

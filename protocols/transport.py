@@ -113,7 +113,10 @@ class InMemoryNetwork:
         if strangers:
             raise ValueError(f"no such parties: {sorted(strangers)}")
         self._generator = np.random.default_rng(0) if generator is None else generator
+        # What a fault does to a message is drawn apart from whether it strikes.
+        self._details = np.random.default_rng(self._generator.integers(1 << 63))
         self._max_deliveries = max_deliveries
+        self._ran = False
         self._in_flight: deque[_InFlight] = deque()
         self._received: dict[str, list[Received]] = {name: [] for name in self._parties}
         self._traffic = {name: Traffic() for name in self._parties}
@@ -125,9 +128,13 @@ class InMemoryNetwork:
 
         Raises:
             EndlessExchange: after `max_deliveries` deliveries.
+            ValueError: the network ran before.
             PartySpent: recorded, as any ProtocolError, for a party that was started before.
 
         """
+        if self._ran:
+            raise ValueError("a network runs once")
+        self._ran = True
         for party in self._parties.values():
             self._step(party, party.start, 0)
         steps = 0
@@ -187,7 +194,8 @@ class InMemoryNetwork:
         traffic.sent_messages += 1
         traffic.sent_bytes += len(message.data)
         faults = self._faults
-        # All four coins are tossed for every message, so that one fault does not shift the others.
+        # All four coins are tossed for every message, so that one fault does not shift the others:
+        # until it changes what is sent, the same messages are lost with it as without it.
         drop, corrupt, duplicate, reorder = self._generator.random(4)
         if drop < faults.drop or any(
             message.round >= faults.offline_from.get(name, message.round + 1)
@@ -200,7 +208,7 @@ class InMemoryNetwork:
             )
         for _ in range(2 if duplicate < faults.duplicate else 1):
             if reorder < faults.reorder:
-                place = int(self._generator.integers(len(self._in_flight) + 1))
+                place = int(self._details.integers(len(self._in_flight) + 1))
                 self._in_flight.insert(place, message)
             else:
                 self._in_flight.append(message)
@@ -209,12 +217,12 @@ class InMemoryNetwork:
         return self._rounds >= self._faults.offline_from.get(name, self._rounds + 1)
 
     def _corrupted(self, data: bytes) -> bytes:
-        kind = int(self._generator.integers(3)) if data else 2
+        kind = int(self._details.integers(3)) if data else 2
         if kind == 0:
-            place, bit = int(self._generator.integers(len(data))), int(self._generator.integers(8))
+            place, bit = int(self._details.integers(len(data))), int(self._details.integers(8))
             flipped = bytearray(data)
             flipped[place] ^= 1 << bit
             return bytes(flipped)
         if kind == 1:
-            return data[: int(self._generator.integers(len(data)))]
-        return data + self._generator.bytes(1)
+            return data[: int(self._details.integers(len(data)))]
+        return data + self._details.bytes(1)

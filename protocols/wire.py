@@ -9,6 +9,10 @@ r"""Frozen messages to bytes and back.
 
 Every bound is checked before anything is parsed, and the parser (msgspec) grows what it builds
 with the bytes it has read, never with a length that the bytes merely declare.
+
+A message has one encoding: the shortest form of each part, maps and sets sorted by key. Whatever
+else MessagePack would allow (longer forms, repeated keys, left-out fields) is refused, so that what
+parties compare, hash or sign is the same to all of them.
 """
 
 import hashlib
@@ -45,6 +49,9 @@ MAGIC = b"plm\x00"
 VERSION = 1
 _HEADER = struct.Struct(">4sB8sQ")
 HEADER_BYTES = _HEADER.size
+
+# Maps and sets are sorted, so that equal messages have equal bytes.
+_ENCODER = msgspec.msgpack.Encoder(order="deterministic")
 
 A = TypeVar("A")
 
@@ -86,7 +93,7 @@ def encode(message: Message) -> bytes:
     """
     type_id, _ = _layout(type(message))
     out = bytearray(HEADER_BYTES)
-    msgspec.msgpack.Encoder().encode_into(message, out, HEADER_BYTES)
+    _ENCODER.encode_into(message, out, HEADER_BYTES)
     _HEADER.pack_into(out, 0, MAGIC, VERSION, type_id, len(out) - HEADER_BYTES)
     return bytes(out)
 
@@ -104,10 +111,12 @@ def decode(data: bytes, *allowed: type[M], max_bytes: int) -> M:
         WrongVersion: of another version of this layout.
         UnexpectedMessage: of a type not allowed here.
         MalformedMessage: anything else that `encode` would not have written.
-        TypeError: an allowed class has a field without a bound.
+        TypeError: an allowed class has a field without a bound, or two have one tag.
 
     """
     layouts = dict(_layout(message_type) for message_type in allowed)
+    if len(layouts) < len(set(allowed)):
+        raise TypeError("two of the allowed messages have one tag and cannot be told apart")
     if len(data) > max_bytes:
         raise OversizedMessage(f"message of {len(data)} bytes where at most {max_bytes} may come")
     if len(data) < HEADER_BYTES:
@@ -126,9 +135,20 @@ def decode(data: bytes, *allowed: type[M], max_bytes: int) -> M:
     try:
         message: M = decoder.decode(memoryview(data)[HEADER_BYTES:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # The text names the field that failed, never its content.
-        raise MalformedMessage(f"malformed {decoder.type.__name__}: {error}") from None
+        raise MalformedMessage(f"malformed {decoder.type.__name__}: {_reason(error)}") from None
+    canonical = _ENCODER.encode(message)
+    # `endswith` compares without the copy of a slice, and far faster than a memoryview does.
+    if len(canonical) != body_bytes or not data.endswith(canonical):
+        raise MalformedMessage(f"malformed {decoder.type.__name__}: not its one encoding")
     return message
+
+
+def _reason(error: Exception) -> str:
+    """Say which field failed, never its content, which msgspec quotes for enumerations and tags."""
+    text = str(error)
+    if text.startswith("Invalid"):
+        return f"invalid value at {text.rpartition(' - at ')[2]}"
+    return "a text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else text
 
 
 @cache
@@ -146,6 +166,8 @@ def _require_bounds(info: Type | Field, path: str, outer: tuple[type, ...]) -> N
     match info:
         case BoolType() | EnumType() | FloatType() | IntType() | LiteralType() | NoneType():
             pass
+        case StructType() if not issubclass(info.cls, Record):
+            raise TypeError(f"{path} would print its content: make {info.cls.__name__} a Record")
         case StructType() if info.cls not in outer:
             for field in info.fields:
                 _require_bounds(field.type, f"{path}.{field.name}", (*outer, info.cls))

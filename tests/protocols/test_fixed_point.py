@@ -103,6 +103,8 @@ def test_shapes_are_kept_and_buffers_reused():
         fixed.encode(torch.rand(3), out=Z_2_64.empty(4))
     with pytest.raises(ValueError, match="shape"):
         fixed.decode(Z_2_64.zeros(3), 1, out=torch.empty(4))
+    with pytest.raises(ValueError, match="contiguous"):
+        fixed.decode(Z_2_64.zeros((3, 3)), 1, out=torch.empty((3, 3)).t())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -144,6 +146,9 @@ def test_values_that_are_no_numbers_are_refused_by_place(bad, where):
         {"clip": -1.0},
         {"clip": math.nan},
         {"clip": math.inf},
+        {"clip": 1e-300},  # largest/clip overflows: every zero would become NaN
+        {"clip": 5e-324},
+        {"clip": 1e300},
         {"bits": 1},
         {"bits": 33},
         {"clients": 0},
@@ -152,6 +157,41 @@ def test_values_that_are_no_numbers_are_refused_by_place(bad, where):
 def test_parameters_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         FixedPoint(**{"clip": 1.0, "bits": 8, "clients": 1, "ring": Z_2_64, **arguments})
+
+
+@pytest.mark.parametrize("clip", [2.0**-900, 2.0**900])
+@pytest.mark.parametrize("bits", [2, 32])
+def test_the_smallest_and_the_largest_clip_work(clip, bits):
+    fixed = FixedPoint(clip=clip, bits=bits, clients=1 << 31, ring=Z_2_64)
+    x = torch.tensor([0.0, clip, -clip, 5e-324, 1e308, -1e308], dtype=torch.float64)
+    for rounding in (None, stream()):
+        elements = fixed.encode(x, stream=rounding).elements
+        assert elements.abs().max() <= fixed.largest
+        back = fixed.decode(elements, 1)
+        error = (back - x.clamp(-clip, clip)).abs().max()
+        assert error <= fixed.max_rounding_error
+        total = fixed.decode(elements * fixed.clients, fixed.clients)
+        assert torch.isfinite(total).all()
+
+
+def test_numbers_of_numpy_do_not_weaken_the_bound():
+    # In np.int32, 100,000 · (2^15 - 1) wraps to something negative, below every bound.
+    with pytest.raises(ValueError, match="would wrap"):
+        FixedPoint(clip=1.0, bits=16, clients=np.int32(100_000), ring=Z_2_32)
+    with pytest.raises(ValueError, match="would wrap"):
+        FixedPoint(clip=1.0, bits=np.int32(32), clients=np.int64(1 << 33), ring=Z_2_64)
+    fixed = FixedPoint(clip=np.float32(0.1), bits=np.int8(32), clients=1, ring=Z_2_64)
+    x = torch.linspace(-0.1, 0.1, 1001, dtype=torch.float64)
+    error = (fixed.decode(fixed.encode(x).elements, 1) - x).abs().max().item()
+    assert error <= fixed.max_rounding_error
+    with pytest.raises(TypeError):
+        FixedPoint(clip=1.0, bits=8, clients=2.5, ring=Z_2_32)
+
+
+def test_encoded_values_do_not_print():
+    fixed = FixedPoint(clip=1.0, bits=20, clients=2, ring=Z_2_32)
+    encoded = fixed.encode(torch.tensor([0.4321, 7.0]))
+    assert repr(encoded) == f"{encoded}" == "Encoded(elements=…, clipped_fraction=…)"
 
 
 def test_inputs_of_the_wrong_kind_are_refused():
@@ -190,6 +230,27 @@ def test_each_value_has_its_own_coin():
     up = fixed.encode(x, stream=stream()).elements.numpy()
     assert stats.binomtest(int(up.sum()), up.size).pvalue > 1e-4
     assert stats.binomtest(int((up[1:] == up[:-1]).sum()), up.size - 1).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=str)
+def test_no_coin_rounds_the_largest_value_beyond_the_bound(ring):
+    class Constant(Stream):
+        __slots__ = ("word",)
+
+        def ring_elements(self, bits, shape):
+            return torch.full((shape,), self.word, dtype=torch.int64)
+
+    bits = 31 if ring is Z_2_32 else 32
+    for clip in (1.0, 0.1, 3.3, 1e-5):
+        fixed = FixedPoint(clip=clip, bits=bits, clients=2, ring=ring)
+        near = [clip, math.nextafter(clip, 0.0), math.nextafter(clip, 9.0), 1e30]
+        x = torch.tensor(near + [-v for v in near], dtype=torch.float64)
+        for word in (0, -1, 1):
+            coins = Constant(bytes(32), "coins")
+            coins.word = word
+            elements = fixed.encode(x, stream=coins).elements
+            assert ring.to_integers(elements).abs().max() <= fixed.largest
+            assert ring.to_integers(elements)[[3, 7]].tolist() == [fixed.largest, -fixed.largest]
 
 
 def test_rounding_does_not_depend_on_blocks():
@@ -234,7 +295,8 @@ def test_wrap_probability_bounds_what_happens():
     assert roomy.wrap_probability(1.0) == pytest.approx(2 * math.exp(-0.5 * 6.0**2), rel=1e-6)
     assert roomy.wrap_probability(1.0, 1000) == pytest.approx(2e3 * math.exp(-18), rel=1e-6)
     assert roomy.wrap_probability(0.0, 10**9) == 0.0
-    assert roomy.wrap_probability(1e9) == 1.0
+    assert roomy.wrap_probability(1e9) == roomy.wrap_probability(math.inf) == 1.0
+    assert roomy.wrap_probability(1e-300) == 0.0  # the square of the ratio overflows
     # The bound is not vacuous: half the claimed room would be refuted.
     noise = rng.normal(0, 3.0, 200_000)
     beyond = float((np.abs(noise) > 6.0).mean())

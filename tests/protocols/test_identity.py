@@ -5,14 +5,17 @@ import json
 import os
 import pickle
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocols import identity as identity_module
 from protocols.errors import BadSignature, ConflictingKey, UntrustedKey, UnusableKey
+from protocols.files import write_atomically
 from protocols.identity import (
     AgreementKey,
     Identity,
@@ -107,7 +110,13 @@ def test_the_agreement_is_bound_to_the_public_keys():
     # The top bit of a u-coordinate is ignored (RFC 7748, section 5): one point, two encodings.
     twin = bob.public[:31] + bytes([bob.public[31] | 0x80])
     assert alice._exchange(twin) == alice._exchange(bob.public)
-    assert alice.agree(twin, b"c") != alice.agree(bob.public, b"c")
+    with pytest.raises(UnusableKey):
+        alice.agree(twin, b"c")
+    # Both keys are in what is hashed: the raw output alone does not decide.
+    raw = alice._exchange(bob.public)
+    first, second = sorted((alice.public, bob.public))
+    swapped = b"privlm/protocols/agreement/v1\x00" + second + first + b"c"
+    assert alice.agree(bob.public, b"c") != hkdf_sha256(raw, salt=b"", info=swapped, length=32)
 
 
 LOW_ORDER = [
@@ -123,13 +132,19 @@ LOW_ORDER = [
 
 @pytest.mark.parametrize("point", LOW_ORDER, ids=lambda point: point.hex()[:8])
 def test_low_order_points_are_refused(point):
-    with pytest.raises(UnusableKey):
-        key(AgreementKey, "alice").agree(point, b"context")
+    for top_bit in (0, 0x80):
+        disguised = point[:31] + bytes([point[31] | top_bit])
+        with pytest.raises(UnusableKey):
+            key(AgreementKey, "alice").agree(disguised, b"context")
+        with pytest.raises(UnusableKey):  # the library agrees that they are of low order
+            key(AgreementKey, "alice")._exchange(disguised)
 
 
 def test_reflected_and_malformed_keys_are_refused():
     alice = key(AgreementKey, "alice")
-    for peer in (alice.public, b"", bytes(31), alice.public + b"\0"):
+    disguised = alice.public[:31] + bytes([alice.public[31] | 0x80])
+    beyond_p = ((1 << 255) - 19 + 9).to_bytes(32, "little")  # the base point's second encoding
+    for peer in (alice.public, disguised, beyond_p, b"", bytes(31), alice.public + b"\0"):
         with pytest.raises(UnusableKey):
             alice.agree(peer, b"context")
     with pytest.raises(ValueError, match="context"):
@@ -181,6 +196,36 @@ def test_a_bad_signature_says_nothing_more():
     assert texts == {"the signature is not valid"}
 
 
+ORDER_8 = "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc"
+ED25519_LOW_ORDER = [
+    (1).to_bytes(32, "little"),
+    (1).to_bytes(31, "little") + b"\x80",
+    ((1 << 255) - 20).to_bytes(32, "little"),
+    ((1 << 255) - 18).to_bytes(32, "little"),  # 1, beyond p
+    bytes(32),
+    bytes(31) + b"\x80",
+    bytes.fromhex(ORDER_8 + "05"),
+    bytes.fromhex(ORDER_8 + "85"),
+]
+
+
+@pytest.mark.parametrize("public", ED25519_LOW_ORDER, ids=lambda point: point.hex()[-8:])
+def test_keys_under_which_one_signature_holds_for_many_messages_are_refused(public):
+    # R = A·(-k) for one of eight multiples, S = 0: at least one message in eight verifies.
+    forged = (1).to_bytes(32, "little") + bytes(32)
+    for i in range(64):
+        with pytest.raises(BadSignature):
+            verify(public, forged, b"%d" % i, b"context")
+    with pytest.raises(ValueError, match="low order"):
+        msgspec.structs.replace(person("mallory"), signing_key=public)
+
+
+def test_the_library_alone_would_take_a_forgery():
+    neutral = (1).to_bytes(32, "little")
+    for message in (b"a", b"b"):
+        _verify(neutral, neutral + bytes(32), message)
+
+
 def test_a_signature_needs_a_context():
     own = key(SigningKey, "alice")
     for context in (b"", bytes(256)):
@@ -214,9 +259,11 @@ def test_keys_are_private_whatever_the_umask(kind, tmp_path):
     before = os.umask(0)
     try:
         key(kind, "own").save_pem(tmp_path / "key")
+        TrustStore().save(tmp_path / "trust.json")
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    for name in ("key", "trust.json"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,6 +340,79 @@ def test_an_identity_is_trusted_within_its_period():
             store.get("alice", at)
     with pytest.raises(UntrustedKey, match="unknown"):
         store.get("bob", 150)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": ""},
+        {"name": "a" * 129},
+        {"name": "\ud800"},
+        {"name": "a\nb"},
+        {"signing_key": bytes(31)},
+        {"agreement_key": b""},
+        {"agreement_key": bytes(32)},
+        {"not_before": -1},
+        {"not_after": (1 << 40) + 1},
+        {"not_before": 0.5},
+        {"not_before": 300},
+    ],
+    ids=repr,
+)
+def test_an_identity_that_a_file_could_not_hold_cannot_be_made(wrong):
+    with pytest.raises(ValueError, match=r"name|key|time|not_before"):
+        msgspec.structs.replace(person("alice"), **wrong)
+
+
+def test_a_known_key_does_not_come_back_in_another_encoding():
+    store = TrustStore()
+    alice = person("alice")
+    store.add(alice)
+    store.revoke("alice")
+    twin = alice.agreement_key[:31] + bytes([alice.agreement_key[31] | 0x80])
+    with pytest.raises(ValueError, match="no key"):
+        msgspec.structs.replace(person("alice", "new"), agreement_key=twin)
+
+
+def test_a_store_that_could_not_be_loaded_is_not_saved(tmp_path, monkeypatch):
+    path = tmp_path / "trust.json"
+    store = TrustStore()
+    store.add(person("alice"))
+    store.save(path)
+    before = path.read_bytes()
+    store.add(person("bob"))
+    for limit, value in (("_MAX_STORE_BYTES", len(before)), ("_MAX_TRUSTED", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(identity_module, limit, value)
+            with pytest.raises(ValueError, match="longer"):
+                store.save(path)
+        assert path.read_bytes() == before
+
+
+def test_a_key_file_that_could_not_be_written_is_not_left(tmp_path, monkeypatch):
+    def full_disk(descriptor):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(identity_module.os, "fsync", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            key(SigningKey, "own").save_pem(tmp_path / "key")
+    assert not list(tmp_path.iterdir())
+    key(SigningKey, "own").save_pem(tmp_path / "key")
+
+
+def test_threads_that_save_at_once_leave_a_whole_file(tmp_path):
+    path = tmp_path / "file"
+    contents = [bytes([i]) * 200_000 for i in range(4)]
+
+    def write(content):
+        for _ in range(10):
+            write_atomically(path, content)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_second_key_for_a_name_takes_a_rotation():

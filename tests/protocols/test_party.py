@@ -1,6 +1,7 @@
 """A party plays once, in order, and is closed by its first error."""
 
 import copy
+import pickle
 
 import pytest
 
@@ -8,7 +9,6 @@ from protocols.errors import (
     LocalProtocolError,
     PartySpent,
     PeersMissing,
-    ProtocolError,
     UnexpectedMessage,
 )
 from protocols.party import Outgoing, Party, Received, State
@@ -84,15 +84,22 @@ def test_a_party_starts_once():
     assert party.state is State.FAILED
 
 
-def test_any_error_closes_the_party():
+@pytest.mark.parametrize(
+    "error", [KeyError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit, PeersMissing]
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_any_error_closes_the_party(error, finished):
     class Buggy(Waiter):
         def _on_message(self, sender, data):
-            raise KeyError(sender)
+            if finished:
+                self._finish()
+            raise error(sender)
 
     party = Buggy(Stream(bytes(32), "test"))
     party.start()
-    with pytest.raises(KeyError):
+    with pytest.raises(error):
         party.receive("friend", b"")
+    assert party.state is State.FAILED
     with pytest.raises(PartySpent):
         party.receive("friend", b"")
 
@@ -100,8 +107,11 @@ def test_any_error_closes_the_party():
 def test_parties_do_not_print_and_cannot_be_copied():
     party = waiter()
     assert repr(party) == "Waiter(name='waiter', state=new)"
-    with pytest.raises(ProtocolError):
-        copy.deepcopy(party)
+    party.start()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(PartySpent, match="copy"):
+            attempt(party)
+    assert party.receive("friend", b"") == []  # the one and only goes on
 
 
 def test_parties_under_one_stream_have_their_own_randomness():
@@ -131,7 +141,9 @@ def test_recorded_library_randomness_is_in_the_view():
             return []
 
     party = Drawer(Stream(bytes(32), "test"))
+    before = party.view(())
     party.start()
+    assert set(before.randomness) == {"seed"}
     assert party.view(()).randomness["library key"] == b"\x07"
 
 

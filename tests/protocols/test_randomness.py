@@ -4,6 +4,7 @@ Statistical tests run under a fixed seed; the stated false-alarm probability is 
 of the seed. Each rejects a wrong generator with the statistic that accepts the right one.
 """
 
+import contextlib
 import copy
 import hashlib
 import hmac
@@ -14,6 +15,7 @@ import os
 import pickle
 import re
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_frozen_outputs_follow_from_the_documented_derivation():
 def test_nothing_but_stream_fresh_asks_the_operating_system():
     asks = re.compile(
         r"urandom\(|getrandom|SystemRandom|/dev/u?random|uuid[14]\(|PrivateKey\.generate"
-        r"|^\s*(?:import|from)\s+secrets\b",
+        r"|^\s*(?:import|from)\s+secrets\b|(?:default_rng|SeedSequence|RandomState)\(\s*\)",
         re.MULTILINE,
     )
     found = [
@@ -145,7 +147,13 @@ def test_a_label_is_not_empty():
 
 
 def test_copies_are_refused(stream):
-    for attempt in (copy.copy, copy.deepcopy, pickle.dumps, lambda s: pickle.dumps(s, 0)):
+    for attempt in (
+        copy.copy,
+        copy.deepcopy,
+        pickle.dumps,
+        lambda s: pickle.dumps(s, 0),
+        lambda s: s.__getstate__(),
+    ):
         with pytest.raises(KeystreamReused):
             attempt(stream)
 
@@ -158,16 +166,41 @@ def test_printing_shows_the_label_alone():
     assert not hasattr(stream, "__dict__")
 
 
-def test_a_forked_process_cannot_repeat_the_keystream(stream):
+@pytest.mark.parametrize(
+    "use", [lambda s: s.bytes(1), lambda s: s.child("a"), lambda s: s.integers(3, 1)]
+)
+def test_a_forked_process_cannot_repeat_the_keystream(stream, use):
     child = os.fork()
     if child == 0:
         try:
-            stream.bytes(1)
+            use(stream)
         except KeystreamReused:
             os._exit(42)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
-    assert len(stream.bytes(1)) == 1
+    use(stream)
+
+
+def test_a_seed_drawn_before_forking_serves_the_fork(stream):
+    seed = stream.bytes(32)
+    child = os.fork()
+    if child == 0:
+        os._exit(42 if len(Stream(seed, "worker").bytes(1)) == 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+def test_threads_that_share_a_stream_never_get_the_same_bytes(stream):
+    # Which bytes they get is left to chance, and one of them may be refused.
+    def read(_):
+        with contextlib.suppress(RuntimeError):
+            return stream.bytes(100_000)
+        return b""
+
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(read, range(60)))
+    blocks = [part[i : i + 16] for part in parts for i in range(0, len(part) - 15, 16)]
+    assert len(blocks) > 6000
+    assert len(set(blocks)) == len(blocks)
 
 
 def test_fresh_streams_differ():
@@ -290,6 +323,41 @@ def test_permutations_permute(length):
     np.testing.assert_array_equal(np.sort(drawn), np.arange(length))
 
 
+@pytest.mark.parametrize("draw", ["integers", "field_elements"])
+def test_a_bound_may_be_an_integer_of_numpy(draw):
+    for kind in (np.int8, np.int64, np.uint64):
+        drawn = getattr(Stream(bytes(32), "b"), draw)(kind(100), 50)
+        expected = getattr(Stream(bytes(32), "b"), draw)(100, 50)
+        np.testing.assert_array_equal(drawn, expected)
+    with pytest.raises(TypeError):
+        getattr(Stream(bytes(32), "b"), draw)(2.5, 1)
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_every_byte_of_a_subclass_of_arrays_is_filled():
+    matrix = np.asmatrix(np.zeros((4, 64), np.int64))
+    Stream(bytes(32), "x").fill(matrix)
+    assert matrix.tobytes() == Stream(bytes(32), "x").bytes(4 * 64 * 8)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda s, n: s.integers(10, n),
+        lambda s, n: s.field_elements(FIELD, n),
+        lambda s, n: s.bernoulli(0.3, n),
+        lambda s, n: s.standard_normal(n),
+    ],
+    ids=["integers", "field_elements", "bernoulli", "standard_normal"],
+)
+def test_drawing_takes_constant_memory_beyond_the_output(stream, draw):
+    tracemalloc.start()
+    drawn = draw(stream, 1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < drawn.nbytes + (1 << 20)
+
+
 def test_filling_takes_constant_memory(stream):
     array = np.empty(1 << 24, np.uint8)
     tracemalloc.start()
@@ -362,6 +430,33 @@ def test_ties_between_coin_and_probability_are_settled_by_the_digits_that_follow
     assert not Zeros(bytes(32), "tie").bernoulli(2.0**-67, 5).any()
 
 
+def test_the_digits_that_follow_may_also_say_no():
+    class Words(Stream):
+        """A tie, then a word of 7/8 · 2^64."""
+
+        __slots__ = ("calls",)
+
+        def _words(self, count):
+            self.calls = getattr(self, "calls", 0) + 1
+            return np.full(count, 0 if self.calls == 1 else 7 << 61, np.uint64)
+
+    assert not Words(bytes(32), "tie").bernoulli(0.75 * 2.0**-64, 5).any()
+
+
+def test_the_last_whole_multiple_of_the_bound_is_where_rejection_begins():
+    class Words(Stream):
+        """The words around the limit for 3 (2^64 - 1 = 3k is rejected), then small ones."""
+
+        __slots__ = ("calls",)
+
+        def fill(self, array):
+            top = [2**64 - 1, 2**64 - 2, 2**64 - 3, 2**64 - 4]
+            self.calls = getattr(self, "calls", 0) + 1
+            array[...] = np.array((top if self.calls == 1 else [5] * 4)[: array.size], np.uint64)
+
+    assert Words(bytes(32), "limit").integers(3, 4).tolist() == [2, 1, 0, 2]
+
+
 def test_permutations_are_uniform_and_a_biased_shuffle_is_seen(stream):
     def code(order) -> int:
         return int(np.dot(order, [1, 4, 16, 64]))
@@ -426,4 +521,6 @@ def test_streams_of_different_labels_are_independent(stream):
         for j in range(i):
             agreeing = int((bits[i] == bits[j]).sum())
             assert stats.binomtest(agreeing, bits.shape[1]).pvalue > 1e-4
-    assert stats.binomtest(int((bits[0] == bits[0]).sum()), bits.shape[1]).pvalue < 1e-10
+    same = Stream(bytes(range(32)), "test").ring_elements(64, 4096).numpy().view(np.uint8)
+    agreeing = int((bits[0] == np.unpackbits(same)).sum())
+    assert stats.binomtest(agreeing, bits.shape[1]).pvalue < 1e-10

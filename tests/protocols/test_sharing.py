@@ -180,6 +180,17 @@ def test_additive_arguments_are_checked():
         VectorShare(ring=Z_2_32, index=0, parties=2, shape=(1,), elements=Z_2_32.zeros(2))
 
 
+@every_ring
+def test_the_memory_of_a_share_is_not_cleared_before_it_is_added(ring):
+    shares = share_additive(ring.random(4, stream("secret")), ring, 3, stream())
+    kept = ring.to_bytes(shares[-1].elements)
+    with pytest.raises(ValueError, match="memory of share 2"):
+        open_additive(shares, out=shares[-1].elements)
+    with pytest.raises(ValueError, match="memory of share 2"):
+        ShareSum(shares[-1], out=shares[-1].elements)
+    assert ring.to_bytes(shares[-1].elements) == kept
+
+
 def test_shares_do_not_print():
     secret = torch.tensor([123456789])
     seed_share, vector_share = share_additive(secret, Z_2_64, 2, stream())

@@ -2,7 +2,8 @@
 
 import random
 import tracemalloc
-from typing import Annotated, Any
+from enum import Enum
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -150,6 +151,91 @@ def test_bombs_are_refused_cheaply(body):
     assert peak < 1 << 17
 
 
+ALIASES = {
+    "longer length of bytes": b"\x95" + TAG + b"\xc6\x00\x00\x00\x20" + bytes(32) + b"\x90\x80\xc0",
+    "longer count of fields": b"\xdd\x00\x00\x00\x05" + TAG + KEY + b"\x90\x80\xc0",
+    "longer tag": b"\x95\xdb\x00\x00\x00\x0atest/hello" + KEY + b"\x90\x80\xc0",
+    "fields left out": b"\x92" + TAG + KEY,
+    "repeated key": b"\x95"
+    + TAG
+    + KEY
+    + b"\x90\x82\xa1a\xcb"
+    + bytes(8)
+    + b"\xa1a\xcb"
+    + bytes(8)
+    + b"\xc0",
+    "unsorted keys": b"\x95"
+    + TAG
+    + KEY
+    + b"\x90\x82\xa1b\xcb"
+    + bytes(8)
+    + b"\xa1a\xcb"
+    + bytes(8)
+    + b"\xc0",
+    "integer for a float": b"\x95" + TAG + KEY + b"\x90\x81\xa1a\x00\xc0",
+    "float of 32 bits": b"\x95" + TAG + KEY + b"\x90\x81\xa1a\xca" + bytes(4) + b"\xc0",
+    "longer integer": b"\x95" + TAG + KEY + b"\x90\x80\x92\xd3" + bytes(7) + b"\x01\xc3",
+}
+
+
+@pytest.mark.parametrize("body", ALIASES.values(), ids=ALIASES)
+def test_a_message_has_one_encoding(body):
+    msgspec.msgpack.decode(body, type=Hello)  # the parser alone takes it
+    with pytest.raises(MalformedMessage, match="one encoding"):
+        decode(framed(body, HELLO), Hello, max_bytes=LIMIT)
+
+
+def test_equal_messages_have_equal_bytes():
+    first = Hello(key=bytes(32), weights={"a": 1.0, "b": 2.0})
+    second = Hello(key=bytes(32), weights={"b": 2.0, "a": 1.0})
+    assert encode(first) == encode(second)
+    nan = Hello(key=bytes(32), weights={"a": float("nan")})
+    assert encode(decode(encode(nan), Hello, max_bytes=LIMIT)) == encode(nan)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Choice(Message, frozen=True, tag="test/choice"):
+    colour: Colour
+    kind: Literal["x"]
+
+
+def test_errors_name_the_field_and_never_its_content():
+    good = Choice(colour=Colour.RED, kind="x")
+    for place, fields in enumerate(
+        (
+            ("s3cret", "red", "x"),
+            ("test/choice", "s3cret - at `$`", "x"),
+            ("test/choice", "red", "s3cret"),
+        )
+    ):
+        body = msgspec.msgpack.encode(fields)
+        with pytest.raises(MalformedMessage) as error:
+            decode(framed(body, good), Choice, max_bytes=LIMIT)
+        assert "s3cret" not in str(error.value)
+        assert f"$[{place}]" in str(error.value)
+
+
+def test_messages_that_share_a_tag_are_refused():
+    class Twin(Message, frozen=True, tag="test/hello"):
+        key: Key
+
+    with pytest.raises(TypeError, match="one tag"):
+        decode(encode(HELLO), Hello, Twin, max_bytes=LIMIT)
+    assert decode(encode(HELLO), Hello, Hello, max_bytes=LIMIT) == HELLO
+
+
+def test_a_part_that_would_print_is_refused():
+    class Loud(msgspec.Struct, frozen=True):
+        secret: Key
+
+    loud = msgspec.defstruct("Holder", [("part", Loud)], bases=(Message,), frozen=True)
+    with pytest.raises(TypeError, match=r"Holder\.part would print"):
+        decode(encode(HELLO), loud, max_bytes=LIMIT)
+
+
 def test_the_bombs_are_framed_as_a_good_message_would_be():
     good = framed(b"\x95" + TAG + KEY + b"\x90\x80\xc0", HELLO)
     assert decode(good, Hello, max_bytes=LIMIT) == HELLO
@@ -196,6 +282,7 @@ def test_ten_thousand_mutants_raise_protocol_errors_only():
             message = decode(bytes(data), Hello, Bye, max_bytes=LIMIT)
             if isinstance(message, Bye):
                 unpack_vector(FIELD_61, message.vector, 40)
+            assert encode(message) == data
             accepted += 1
         except RemoteProtocolError:
             pass
@@ -282,3 +369,6 @@ def test_vectors_with_non_canonical_elements_are_refused():
     forged = RingVector(modulus=vector.modulus, count=1, data=b"\xff" * 8)
     with pytest.raises(NonCanonicalElement):
         unpack_vector(FIELD_61, forged, 1)
+    other = RingVector(modulus=vector.modulus[:-1] + b"\x0f", count=1, data=vector.data)
+    with pytest.raises(MalformedMessage, match="modulus"):
+        unpack_vector(FIELD_61, other, 1)
