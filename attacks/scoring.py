@@ -18,6 +18,7 @@ import torch
 from attacks.membership import ATTACKS
 from attacks.membership.secrets import guess_secrets, guess_secrets_blind
 from attacks.statistics import (
+    DEFAULT_GUESS_FRACTIONS,
     Auc,
     Estimate,
     Interval,
@@ -26,7 +27,7 @@ from attacks.statistics import (
     TooFewNonMembers,
     auc,
     canaries_needed,
-    mean_estimate,
+    chernoff_interval,
     one_run_audit,
     permutation_control,
     pointwise_band,
@@ -120,6 +121,7 @@ def measure(
     all_scores = tuple(ATTACKS[attack](view) for attack in measurement.attacks)
     statements = len(all_scores) * len(populations) + (view.released.secrets is not None)
     confidence = simultaneous_confidence(measurement.confidence, statements)
+    delta = measurement.delta if claim.delta is None else claim.delta
     findings: list[Finding] = []
     curves: list[Curve] = []
     blind = {
@@ -138,6 +140,7 @@ def measure(
                     member_N,
                     claim,
                     measurement,
+                    delta,
                     confidence,
                     blind[name],
                     rng,
@@ -146,7 +149,7 @@ def measure(
             band = pointwise_band(values_N, member_N, confidence=measurement.confidence)
             curves.append(Curve(scores.attack, name, band))
     if view.released.secrets is not None:
-        findings.append(_secret_finding(view, truth, claim, confidence))
+        findings.append(_secret_finding(view, truth, claim, delta, confidence))
     return Measured(tuple(findings), tuple(curves), all_scores)
 
 
@@ -157,11 +160,11 @@ def _membership_finding(
     member_N: Bools,
     claim: Claim,
     measurement: Measurement,
+    delta: float,
     confidence: float,
     blind: Control,
     rng: np.random.Generator,
 ) -> Finding:
-    delta = measurement.delta if claim.delta is None else claim.delta
     bound = one_run_audit(scores_N, member_N, delta=delta, confidence=confidence)
     status, reason = _judge_epsilon(bound, claim)
     further = {"AUC": auc(scores_N, member_N, measurement.confidence)}
@@ -226,89 +229,79 @@ def _what_would_do(bound: OneRunBound, epsilon: float) -> str:
         needed = canaries_needed(epsilon, bound.delta, confidence)
     except ValueError:
         return f"at δ = {bound.delta:g} no number of records would do"
-    share = bound.canaries / max(1, bound.guesses)  # the largest rule guesses at a part of them
-    return f"about {math.ceil(needed * max(1.0, share)):,} would do"
+    return f"about {math.ceil(needed / max(DEFAULT_GUESS_FRACTIONS)):,} would do"
 
 
-def _secret_finding(view: ReleasedModel, truth: Truth, claim: Claim, confidence: float) -> Finding:
-    """Share of planted secrets that rank first among their candidates, and exposure in bits.
+def _secret_finding(
+    view: ReleasedModel, truth: Truth, claim: Claim, delta: float, confidence: float
+) -> Finding:
+    """What became of the planted secrets: how many rank first, and their exposure in bits.
 
-    By a union over the candidates' symmetry, a secret that was never seen ranks
-    first with probability 1/C. Under (ε, δ)-DP for adding or removing one
-    record, exchanging one secret for another costs 2ε, so given everything else
-    the secret is guessed with probability at most e^{2ε}/(e^{2ε} + C − 1), up to
-    δ-events; that, and not 1/C, is what a claim is held against.
+    A secret that was never seen ranks first of C with probability 1/C, which is
+    the test where nothing is claimed. A claim is held against the coins instead:
+    whether the likelihood of a secret betrays that it was planted is one more
+    one-run audit, whose theorem covers δ > 0.
     """
     bits_K, first_K = _exposure(guess_secrets(view), truth)
     blind_bits_K, _ = _exposure(guess_secrets_blind(view), truth)
     planted_K = truth.secret_member_K
-    assert view.released.secrets is not None
-    candidates = view.released.secrets.ids_NCT.shape[1]
+    most = math.log2(guess_secrets(view).values.shape[1])
     n = int(planted_K.sum())
-    ceiling_bits = math.log2(candidates)
-    if n < 2 or n > len(planted_K) - 2:
+    if n in (0, len(planted_K)):
         return Finding(
             attack="exposure",
             population="secrets",
             metric="bits of exposure",
-            estimate=Estimate(0.0, Interval(0.0, ceiling_bits, confidence), n, "none"),
+            estimate=Estimate(0.0, Interval(0.0, most, confidence), n, "none"),
             n=n,
             lower_bound=0.0,
-            ceiling=ceiling_bits,
+            ceiling=0.0,
             controls=(),
             status=Status.NOT_EVALUABLE,
-            reason="fewer than two secrets fell on one side of the coin; plant more",
+            reason="all coins of the secrets fell alike; plant more",
         )
+    gained_K = _own(guess_secrets(view), truth) - _own(guess_secrets_blind(view), truth)
+    bound = one_run_audit(gained_K, planted_K, delta=delta, confidence=confidence)
     extracted = rate(int(first_K[planted_K].sum()), n, confidence)
-    status, reason = _judge_extraction(extracted, candidates, claim)
-    exposure = mean_estimate(bits_K[planted_K], confidence)
-    absent = mean_estimate(bits_K[~planted_K], confidence)
-    blind = mean_estimate(blind_bits_K[planted_K], confidence)
+    status, reason = _judge_epsilon(bound, claim)
+    if claim.epsilon is None and extracted.interval.low > 2.0**-most:
+        status, reason = Status.LEAK, "planted secrets are recovered, and nothing was claimed"
     return Finding(
         attack="exposure",
         population="secrets",
-        metric=f"share of secrets ranked first of {candidates}",
+        metric=f"share of secrets ranked first of {2**most:.0f}",
         estimate=extracted,
         n=n,
-        lower_bound=extracted.interval.low,
-        ceiling=rate(n, n, confidence).interval.low,
+        lower_bound=bound.epsilon,
+        ceiling=bound.ceiling,
         controls=(
-            Control(
-                "exposure of secrets not planted, bits",
-                absent.value,
-                absent.interval.low,
-                absent.interval.high,
-            ),
-            Control(
-                "exposure under the public model, bits",
-                blind.value,
-                blind.interval.low,
-                blind.interval.high,
-            ),
+            _bits_control("exposure of secrets not planted, bits", bits_K[~planted_K], most),
+            _bits_control("exposure under the public model, bits", blind_bits_K[planted_K], most),
         ),
         status=status,
         reason=reason,
-        further={"exposure, bits": exposure},
+        further={"exposure, bits": _mean_bits(bits_K[planted_K], most, confidence)},
     )
 
 
-def _judge_extraction(extracted: Estimate, candidates: int, claim: Claim) -> tuple[Status, str]:
-    low, chance = extracted.interval.low, 1 / candidates
-    if claim.epsilon is None:
-        if low > chance:
-            return Status.LEAK, "planted secrets are recovered, and nothing was claimed"
-        return Status.NOT_EVALUABLE, "nothing was claimed and this attack found nothing"
-    odds = math.exp(min(2 * claim.epsilon, 700))
-    allowed = odds / (odds + candidates - 1) + extracted.n * (claim.delta or 0.0)
-    best = rate(extracted.n, extracted.n, extracted.interval.confidence).interval.low
-    if low > allowed:
-        return Status.LEAK, f"more secrets recovered than the {allowed:.2%} the claim allows"
-    if best <= allowed:
-        return Status.NOT_EVALUABLE, (
-            f"the claim allows {allowed:.1%} of secrets to rank first, and {extracted.n} secrets "
-            f"could show {best:.1%} at most"
-        )
-    return Status.WITHIN_CLAIM, f"the claim allows up to {allowed:.2%} of secrets to rank first"
+def _mean_bits(bits: Floats, most: float, confidence: float) -> Estimate:
+    """Mean exposure; Chernoff's interval for a mean of values in [0, ``most``] always covers."""
+    mean = float(bits.mean())
+    unit = chernoff_interval(mean / most, len(bits), confidence)
+    interval = Interval(unit.low * most, unit.high * most, confidence)
+    return Estimate(mean, interval, len(bits), "Chernoff-Hoeffding")
+
+
+def _bits_control(name: str, bits: Floats, most: float) -> Control:
+    estimate = _mean_bits(bits, most, 0.95)
+    return Control(name, estimate.value, estimate.interval.low, estimate.interval.high)
+
+
+def _own(scores: Scores, truth: Truth) -> Floats:
+    """Each canary's own secret's score; shape (K,)."""
+    values_KC = scores.values.double().numpy()
+    own_K1 = np.take_along_axis(values_KC, truth.secret_place_K[:, None], axis=1)
+    return np.asarray(own_K1[:, 0])
 
 
 def _exposure(scores: Scores, truth: Truth) -> tuple[Floats, Bools]:
@@ -316,8 +309,7 @@ def _exposure(scores: Scores, truth: Truth) -> tuple[Floats, Bools]:
     values_KC = scores.values.double().numpy()
     if not np.isfinite(values_KC).all():
         raise ValueError("the model's scores of secrets are not finite; it has diverged")
-    own_K = np.take_along_axis(values_KC, truth.secret_place_K[:, None], axis=1)
-    rank_K = (values_KC >= own_K).sum(axis=1)
+    rank_K = (values_KC >= _own(scores, truth)[:, None]).sum(axis=1)
     return math.log2(values_KC.shape[1]) - np.log2(rank_K), rank_K == 1
 
 

@@ -6,6 +6,7 @@ attack is chosen after a model has been seen.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -34,7 +35,7 @@ from attacks.targets import (
     prepare,
     train_target,
 )
-from attacks.threat import Claim, Finding, Scores, Status
+from attacks.threat import Claim, Finding, Population, Scores, Status, promised
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("privlm", "torch", "numpy", "scipy", "opacus", "dp-accounting", "tokenizers")
@@ -123,6 +124,14 @@ class SuiteResult:
         """Some protection leaks more than it promises."""
         return any(result.exceeds_claim for result in self.results)
 
+    @property
+    def has_untested_claim(self) -> bool:
+        """Something is claimed that no attack here could have contradicted."""
+        return any(
+            result.claim.epsilon is not None and result.status is Status.NOT_EVALUABLE
+            for result in self.results
+        )
+
 
 def default_suite() -> str:
     """The text of the suite that runs when none is named."""
@@ -159,6 +168,7 @@ def run_suite(config: SuiteConfig, *, ledger_dir: Path, watch: Watch) -> SuiteRe
         _attack(experiment, protection, config, ledger_dir, watch, rng)
         for protection in config.protections
     )
+    results = with_positive_control(results)
     truth = experiment.truth
     return SuiteResult(
         config=config,
@@ -190,6 +200,55 @@ def run_suite(config: SuiteConfig, *, ledger_dir: Path, watch: Watch) -> SuiteRe
         member_N=truth.member_N,
         canary_N=experiment.canary_N,
     )
+
+
+def with_positive_control(
+    results: tuple[ProtectionResult, ...],
+) -> tuple[ProtectionResult, ...]:
+    """Call "within claim" only what the same attack contradicts where nothing protects.
+
+    An attack that shows less than the claimed ε on the unprotected model could
+    not have contradicted the claim; that it did not is no finding.
+    """
+    unprotected = {
+        (finding.attack, finding.population): finding.lower_bound
+        for result in results
+        if result.claim.epsilon is None
+        for finding in result.findings
+    }
+    return tuple(
+        dataclasses.replace(
+            result,
+            findings=tuple(
+                _controlled(finding, result.claim.epsilon, unprotected)
+                for finding in result.findings
+            ),
+        )
+        for result in results
+    )
+
+
+def _controlled(
+    finding: Finding,
+    epsilon: float | None,
+    unprotected: dict[tuple[str, Population], float],
+) -> Finding:
+    if finding.status is not Status.WITHIN_CLAIM or epsilon is None:
+        return finding
+    shown = unprotected.get((finding.attack, finding.population))
+    if shown is None:
+        reason = "no unprotected model shows what this attack can do; add a protection of type none"
+    elif shown <= epsilon:
+        reason = (
+            f"the same attack shows only ε ≥ {shown:.2f} where nothing protects, "
+            f"no more than the claimed {promised(epsilon)}"
+        )
+    else:
+        return dataclasses.replace(
+            finding,
+            reason=f"{finding.reason}; where nothing protects the same attack shows {shown:.2f}",
+        )
+    return dataclasses.replace(finding, status=Status.NOT_EVALUABLE, reason=reason)
 
 
 def _attack(

@@ -84,6 +84,7 @@ __all__ = [
 ]
 
 DIGITS = "0123456789"
+MIN_RECORDS = 100
 
 
 class CanaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -206,6 +207,12 @@ def prepare(setup: TrainingSetup, *, seed: int, stream: Stream, watch: Watch) ->
     if len(text) > setup.max_records:
         kept = np.random.default_rng(seed).permutation(len(text))[: setup.max_records]
         text = text.select(np.sort(kept))
+    if len(text) < MIN_RECORDS:
+        raise DataError(
+            f"{setup.corpus.source}: an audit needs at least {MIN_RECORDS} private records, this "
+            f"corpus gives {len(text)}; add text, shorten corpus.context or raise "
+            "corpus.private_share"
+        )
     end_id, context = corpus.tokenizer.end_id, setup.corpus.context
     tokens = plant(_token_canaries(corpus), context, end_id)
     candidates = concatenate(text, tokens)

@@ -49,7 +49,9 @@ class Claim:
 
 def promised(epsilon: float) -> str:
     """A claimed ε in print: at most three decimals, rounded up so that it still holds."""
-    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 1000) / 1000:g}"
+    if math.isinf(epsilon):
+        return "∞"
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}".rstrip("0").rstrip(".")
 
 
 class Status(StrEnum):

@@ -158,14 +158,22 @@ def reading(findings: Findings) -> list[tuple[str, str]]:
         ),
         (
             "within claim",
-            "no attack here contradicts the claim, though a perfect one could have. It is no "
-            "proof: a better attack may show more.",
+            "no attack here contradicts the claim, though the same attack exceeds it where nothing "
+            "protects. It is no proof: a better attack may show more.",
         ),
-        ("not evaluable", "not even a perfect attack could have contradicted the claim."),
+        (
+            "not evaluable",
+            "no outcome could have contradicted the claim: even a perfect attack would not reach "
+            "it, or this one is too weak where nothing protects.",
+        ),
         (
             "utility",
             f"{findings.utility_unit} of documents that nobody trained on; lower is better. The "
             "change is against the public base model and has no interval of its own.",
+        ),
+        (
+            "this report",
+            "is not differentially private: it states exact figures of models trained on the data.",
         ),
     ]
     return said

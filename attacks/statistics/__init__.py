@@ -31,6 +31,7 @@ from attacks.statistics.permutation import (
 )
 from attacks.statistics.rates import (
     bonferroni,
+    chernoff_interval,
     clopper_pearson,
     holm,
     rate,
@@ -62,6 +63,7 @@ __all__ = [
     "auc_distribution_free",
     "bonferroni",
     "canaries_needed",
+    "chernoff_interval",
     "clopper_pearson",
     "epsilon_delta_roc_ceiling",
     "exposure_by_ranking",

@@ -1,6 +1,7 @@
 """The audit end to end: real text, real training, and engines that are broken on purpose."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from attacks.scoring import Measurement, measure
-from attacks.suite import SuiteConfig, load_suite, run_suite
+from attacks.suite import SuiteConfig, load_suite, run_suite, with_positive_control
 from attacks.targets import CanaryConfig, DpSgd, NoProtection, TrainingSetup, prepare, train_target
 from attacks.threat import Status
 from privlm.config import (
@@ -204,6 +205,33 @@ def test_a_suite_reports_every_protection_and_the_worst_status(tmp_path):
     assert not result.exceeds_claim
     assert result.counts["canaries"] == 400
     assert row.utility.interval.low < row.utility.value < row.utility.interval.high
+
+
+def test_within_a_claim_needs_an_attack_that_works_where_nothing_protects(experiment, tmp_path):
+    config = SuiteConfig(protections=(NoProtection(epochs=8), ONE), setup=SMALL)
+    plain, private = run_suite(config, ledger_dir=tmp_path, watch=unwatched).results
+    assert {f.status for f in private.findings if f.population == "canaries"} == {
+        Status.WITHIN_CLAIM
+    }
+    assert all(
+        "where nothing protects the same attack shows" in f.reason
+        for f in private.findings
+        if f.status is Status.WITHIN_CLAIM
+    )
+    weak = dataclasses.replace(
+        plain,
+        findings=tuple(dataclasses.replace(f, lower_bound=0.5) for f in plain.findings),
+    )
+    raw = dataclasses.replace(
+        private,
+        findings=tuple(
+            dataclasses.replace(f, status=Status.WITHIN_CLAIM) for f in private.findings
+        ),
+    )
+    for others, reason in (((weak,), "shows only ε ≥ 0.50"), ((), "add a protection of type none")):
+        *_, judged = with_positive_control((*others, raw))
+        assert {f.status for f in judged.findings} == {Status.NOT_EVALUABLE}
+        assert all(reason in f.reason for f in judged.findings)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attacks.scoring import Measurement, _blind_control, _exposure, measure
+from attacks.scoring import Measurement, _blind_control, _exposure, _mean_bits, measure
 from attacks.statistics import canaries_needed
 from attacks.targets import Truth
 from attacks.threat import Claim, Evaluated, ReleasedModel, Scores, SecretSlots, Status
@@ -197,3 +197,18 @@ def test_the_blind_baseline_is_at_chance_when_coins_decided(kind):
 def test_a_measurement_that_cannot_be_is_refused_by_name(changes, key):
     with pytest.raises(ValueError, match=key):
         Measurement(**changes)
+
+
+@pytest.mark.parametrize("memorised", [0.0, 0.5, 0.9, 0.98, 1.0])
+@pytest.mark.parametrize("n", [5, 25, 50])
+def test_the_interval_on_mean_exposure_covers(memorised, n):
+    """2000 audits at 95%: misses at most 5% (+5 deviations), also where nearly all rank first."""
+    rng = np.random.default_rng(n)
+    rank = np.where(rng.random((2000, n)) < memorised, 1, rng.integers(1, 257, (2000, n)))
+    bits = 8 - np.log2(rank)
+    truth = memorised * 8 + (1 - memorised) * float((8 - np.log2(np.arange(1, 257))).mean())
+    intervals = [_mean_bits(row, 8.0, 0.95).interval for row in bits]
+    missed = np.mean([not i.low <= truth <= i.high for i in intervals])
+    assert missed <= 0.05 + 5 * math.sqrt(0.05 * 0.95 / 2000)
+    assert all(0 <= i.low <= i.high <= 8 for i in intervals)
+    assert np.mean([i.width for i in intervals]) < (8.0 if n == 5 else 4.0)
