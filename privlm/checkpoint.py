@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -16,20 +16,32 @@ from protocols.files import write_atomically
 
 _FORMAT = "privlm checkpoint 1"
 
+_Scalars = dict[int, dict[str, float | int | bool]]
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, foreign or does not fit the model."""
+    """A checkpoint that is missing, damaged, foreign or does not fit the model."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What was read: ``step`` optimiser steps lie behind it."""
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where a run stood when it was saved.
 
+    Attributes:
+        run: the run that it belongs to.
+        step: steps paid for; on a private run, releases on the ledger.
+        steps_lost: how many of these an interruption undid, so that the model
+            lies ``step - steps_lost`` optimiser steps after the base model.
+        base_bits_per_byte: utility of the public base model, measured once.
+    """
+
+    run: str
     step: int
+    steps_lost: int = 0
+    base_bits_per_byte: float
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
     """Write model and optimiser state. Optimiser state is private: it is never exported.
 
@@ -37,33 +49,53 @@ def save_checkpoint(
         OSError: the file could not be written; the old one stays.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    scalars: dict[str, dict[str, Any]] = {}
+    scalars: _Scalars = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value
             elif value is not None:
-                scalars.setdefault(str(index), {})[name] = value
-    metadata = {"format": _FORMAT, "step": str(step), "scalars": json.dumps(scalars)}
-    write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+                scalars.setdefault(int(index), {})[name] = value
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {
+        "format": _FORMAT,
+        "checkpoint": msgspec.json.encode(checkpoint).decode(),
+        "scalars": msgspec.json.encode(scalars).decode(),
+    }
+    metadata["sha256"] = _digest(metadata, tensors)
+    write_atomically(path, save(tensors, metadata))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str
+) -> Checkpoint:
     """Restore both in place.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another model.
+        CheckpointError: the file is missing or damaged, or belongs to another run
+            or model.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the checkpoint is missing; {_MEND}") from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not readable as a checkpoint ({reason}); {_MEND}") from None
     if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of a run")
+        raise CheckpointError(f"{path}: not a checkpoint of a run; {_MEND}")
+    if metadata.pop("sha256", None) != _digest(metadata, tensors):
+        raise CheckpointError(f"{path}: the checkpoint is damaged; {_MEND}")
+    checkpoint = msgspec.json.decode(metadata["checkpoint"], type=Checkpoint)
+    if checkpoint.run != run:
+        raise CheckpointError(
+            f"{path}: belongs to run {checkpoint.run}, not to {run} of this folder; {_MEND}"
+        )
     state: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in json.loads(metadata["scalars"]).items()
+        index: dict(values)
+        for index, values in msgspec.json.decode(metadata["scalars"], type=_Scalars).items()
     }
     for name, value in tensors.items():
         if name.startswith("optimizer."):
@@ -74,13 +106,30 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: of another model: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: of another model ({reason}); {_MEND}") from None
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return Checkpoint(int(metadata["step"]))
+    return checkpoint
+
+
+_MEND = "restore it from a backup, or start anew in another --out"
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    """Write the weights alone: what may be published under the run's guarantee."""
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    """Write the weights alone: what may be published under the run's guarantee.
+
+    Raises:
+        OSError: the file could not be written; the old one stays.
+    """
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomically(path, save(weights, {"format": "pt"}), mode=0o644)
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over everything: safetensors itself notices no flipped bit."""
+    digest = hashlib.sha256(msgspec.json.encode(sorted(metadata.items())))
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

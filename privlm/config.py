@@ -13,14 +13,17 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import yaml
 
+from privlm.data import DEFAULT_CORPUS
+from privlm.dp.clipping import MAX_MICROBATCH, MIN_GRAD_NORM
 from privlm.dp.training import OptimizerConfig
 
 MAX_CONFIG_BYTES = 1 << 20
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# Upper ends keep infinity out, and what would not end in an error but in a swapping machine.
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Probability = Annotated[float, msgspec.Meta(gt=0, lt=1)]
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
-NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
 class ConfigError(ValueError):
@@ -32,32 +35,59 @@ class CorpusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     ``unit: block`` cuts documents into records of ``context`` tokens, and privacy
     protects one block; ``unit: document`` makes a document one record and refuses
-    those that do not fit, unless ``truncate`` is set. The shares divide the
-    documents: public ones train tokenizer and base model, test ones measure utility.
+    those that do not fit, unless ``truncate`` is set.
+
+    Public documents train tokenizer and base model, *without protection*; test
+    documents measure utility; only the private ones are protected. Name public
+    text by ``public_source`` (``pydoc-topics`` will do) and ``source`` is private
+    throughout; or write ``public_share`` out, and that part of ``source`` counts as
+    public. The same holds for ``test_source`` and ``test_share``. Relative paths
+    start at the working directory.
     """
 
-    source: str = "pydoc-topics"
+    source: Annotated[str, msgspec.Meta(min_length=1)] = DEFAULT_CORPUS
     unit: Literal["block", "document"] = "block"
-    context: Annotated[int, msgspec.Meta(ge=2)] = 32
+    context: Annotated[int, msgspec.Meta(ge=2, le=2**20)] = 32
     truncate: bool = False
-    public_share: Positive = 0.25
-    private_share: Positive = 0.6
-    test_share: Positive = 0.15
+    public_source: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    test_source: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    public_share: Positive | None = None
+    private_share: Positive = 0.4
+    test_share: Positive = 0.3
+
+    def __post_init__(self) -> None:
+        if self.public_source is not None and self.public_share is not None:
+            raise ValueError("give public_source or public_share, and not both")
+        if self.public_source is None and self.public_share is None:
+            if self.source != DEFAULT_CORPUS:
+                raise ValueError(
+                    "public_source: say which text trains tokenizer and base model without "
+                    f"protection; `public_source: {DEFAULT_CORPUS}` keeps all of source private, "
+                    "`public_share: 0.3` gives up that share of its documents"
+                )
+            msgspec.structs.force_setattr(self, "public_share", 0.3)
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``byte``, or ``bpe`` trained on the public documents."""
 
     kind: Literal["byte", "bpe"] = "bpe"
-    vocab_size: Annotated[int, msgspec.Meta(ge=257)] = 512
+    vocab_size: Annotated[int, msgspec.Meta(ge=257, le=2**20)] = 512
 
 
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sizes of the tiny decoder; see :class:`privlm.models.TinyConfig`."""
 
-    width: AtLeastOne = 64
-    layers: AtLeastOne = 2
-    heads: AtLeastOne = 4
+    width: Annotated[int, msgspec.Meta(ge=2, le=2**16)] = 64
+    layers: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 2
+    heads: Annotated[int, msgspec.Meta(ge=1, le=2**15)] = 4
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of 2 * heads, got width {self.width} and "
+                f"{self.heads} heads"
+            )
 
 
 class PublicTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -75,9 +105,9 @@ class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """
 
     target_epsilon: Positive | None = None
-    noise_multiplier: Positive | None = None
+    noise_multiplier: Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)] | None = None
     delta: Probability = 1e-5
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, msgspec.Meta(ge=MIN_GRAD_NORM, le=1e9)] = 1.0
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
@@ -90,7 +120,9 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     ``privacy: null`` trains without protection and has to be written out.
     ``seed`` chooses split, initialisation and order of public batches; it never
     reaches the secret randomness of sampling and noise. ``ledger`` may be shared
-    by all runs on one data set; by default it stands in the output folder.
+    by all runs on one data set; by default it stands in the output folder, and a
+    relative path starts at the working directory of the run's first start.
+    ``microbatch_size`` and ``checkpoint_every`` change nothing about the result.
     """
 
     privacy: PrivacyConfig | None
@@ -99,12 +131,12 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: ModelConfig = ModelConfig()
     public: PublicTraining = PublicTraining()
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", learning_rate=2.0)
-    epochs: Positive = 10.0
+    epochs: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 10.0
     batch_size: AtLeastOne = 256
-    microbatch_size: AtLeastOne = 64
+    microbatch_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_MICROBATCH)] = 64
     checkpoint_every: AtLeastOne = 20
     seed: NotNegative = 0
-    ledger: str | None = None
+    ledger: Annotated[str, msgspec.Meta(min_length=1)] | None = None
 
 
 T = TypeVar("T")
@@ -131,10 +163,14 @@ def decode_config(text: str | bytes, schema: type[T], *, where: str) -> T:
     """:func:`load_config` on text that ``where`` names in errors."""
     try:
         loaded = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{where}: not valid YAML: {_one_line(error)}") from error
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply; is it a config file?") from None
+    if not isinstance(loaded, dict | None):
+        raise ConfigError(f"{where}: not a list of keys; write lines like `epochs: 10`")
     try:
-        return msgspec.convert({} if loaded is None else loaded, schema)
+        return msgspec.convert(loaded or {}, schema)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {_named_key(str(error))}") from error
 
@@ -144,7 +180,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
@@ -165,12 +203,22 @@ _Loader.add_implicit_resolver(
 )
 
 
+_HINTS = {
+    "privacy": "write a budget, such as `privacy: {target_epsilon: 8}`, or `privacy: null` to "
+    "train without protection",
+}
+
+
 def _named_key(message: str) -> str:
     """``Expected `int`, got `str` - at `$.a.b``` with the key first."""
     unknown = re.fullmatch(r"Object contains unknown field `(.*?)`(?: - at `\$\.?(.*)`)?", message)
     if unknown:
         key = ".".join(part for part in (unknown[2], unknown[1]) if part)
         return f"{key}: unknown key; check its spelling"
+    missing = re.fullmatch(r"Object missing required field `(.*?)`(?: - at `\$\.?(.*)`)?", message)
+    if missing:
+        key = ".".join(part for part in (missing[2], missing[1]) if part)
+        return f"{key}: missing, and there is no default; {_HINTS.get(key, 'write it')}"
     placed = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message, re.DOTALL)
     if placed and placed[2]:
         return f"{placed[2]}: {placed[1]}"

@@ -13,6 +13,10 @@ from privlm.data import TokenBlocks, Tokenizer
 from privlm.models import token_log_probs
 
 
+class NonFinitePrediction(ValueError):
+    """A model that has diverged has no utility to report."""
+
+
 @dataclass(frozen=True)
 class DocumentBits:
     """Code length of each test document and its size; their ratio is bits per byte.
@@ -36,7 +40,8 @@ def document_bits(
     """Bits that ``model`` needs for each document's predicted tokens, and the bytes they stand for.
 
     Raises:
-        ValueError: the model's output is not finite, or ``blocks`` is empty.
+        NonFinitePrediction: the model's output is NaN or infinite.
+        ValueError: ``blocks`` is empty.
     """
     if not len(blocks):
         raise ValueError("there are no test documents; give the test split a larger share")
@@ -52,7 +57,9 @@ def document_bits(
         bytes_N.append((byte_V[ids_BT[:, 1:]] * target_BS).sum(1).double())
     bits, size = torch.cat(bits_N), torch.cat(bytes_N)
     if not bool(torch.isfinite(bits).all()):
-        raise ValueError("the model's predictions are not finite; it has diverged")
+        raise NonFinitePrediction(
+            "the model's predictions are not finite: it has diverged; lower the learning rate"
+        )
     document_N = blocks.document_N
     zero_D = torch.zeros(int(document_N.max()) + 1, dtype=torch.float64)
     return DocumentBits(

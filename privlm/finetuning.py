@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from privlm.config import CorpusConfig, ModelConfig, PrivacyConfig, PublicTraining, TokenizerConfig
 from privlm.data import (
     BlockSplit,
+    DataError,
     Split,
     Tokenizer,
     cut_blocks,
@@ -65,16 +67,18 @@ def load_corpus(
     Raises:
         DataError: the documents cannot be used; says where and how to mend it.
     """
+    shares = {"private": config.private_share}
+    if config.public_share is not None:
+        shares["public"] = config.public_share
+    if config.test_source is None:
+        shares["test"] = config.test_share
     documents = load_documents(config.source)
-    split = split_documents(
-        documents,
-        seed,
-        {
-            "public": config.public_share,
-            "private": config.private_share,
-            "test": config.test_share,
-        },
-    )
+    with _naming(config.source):
+        split = split_documents(documents, seed, shares)
+    if config.public_source is not None:
+        split = replace(split, public=load_documents(config.public_source))
+    if config.test_source is not None:
+        split = replace(split, test=load_documents(config.test_source))
     base: Tokenizer = (
         ByteTokenizer()
         if tokenizer.kind == "byte"
@@ -88,7 +92,30 @@ def load_corpus(
         unit=config.unit,
         truncate=config.truncate,
     )
-    return Corpus(split, cut_split(split, cut), made)
+    with _naming(config.source):
+        return Corpus(split, cut_split(split, cut), made)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def new_model(corpus: Corpus, config: ModelConfig, *, seed: int) -> TinyDecoder:
+    """A model that fits the corpus, before any training."""
+    return TinyDecoder(
+        TinyConfig(
+            vocab_size=corpus.tokenizer.vocab_size,
+            context=corpus.blocks.public.context,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+        ),
+        torch.Generator().manual_seed(seed),
+    )
 
 
 def public_base_model(
@@ -100,16 +127,7 @@ def public_base_model(
     after_step: AfterStep = lambda step: None,
 ) -> TinyDecoder:
     """A model trained on the public documents alone; what the private runs start from."""
-    model = TinyDecoder(
-        TinyConfig(
-            vocab_size=corpus.tokenizer.vocab_size,
-            context=corpus.blocks.public.context,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-        ),
-        torch.Generator().manual_seed(seed),
-    )
+    model = new_model(corpus, config, seed=seed)
     examples = examples_of(corpus.blocks.public)
     train_plainly(
         model,
@@ -149,13 +167,9 @@ def make_plan(privacy: PrivacyConfig, *, candidates: int, epochs: float, batch_s
     Raises:
         ValueError: a batch larger than the data, or a budget that no noise reaches.
     """
-    if batch_size > candidates:
-        raise ValueError(
-            f"batch_size {batch_size} exceeds the {candidates} examples; lower batch_size or "
-            "add data"
-        )
+    check_batch_size(batch_size, candidates)
     sampler = PoissonSampler(batch_size / candidates)
-    steps = max(1, round(epochs * candidates / batch_size))
+    steps = planned_steps(candidates, epochs, batch_size)
     if privacy.noise_multiplier is not None:
         return Plan(
             sampler=sampler,
@@ -174,6 +188,20 @@ def make_plan(privacy: PrivacyConfig, *, candidates: int, epochs: float, batch_s
         max_grad_norm=privacy.max_grad_norm,
         expected_batch_size=batch_size,
     )
+
+
+def planned_steps(examples: int, epochs: float, batch_size: int) -> int:
+    """Steps in which an example is seen ``epochs`` times, in expectation; at least one."""
+    return max(1, round(epochs * examples / batch_size))
+
+
+def check_batch_size(batch_size: int, examples: int) -> None:
+    """Raise ``ValueError`` for a batch larger than the data."""
+    if batch_size > examples:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {examples} private examples; lower batch_size, "
+            "or add data"
+        )
 
 
 def train_privately(

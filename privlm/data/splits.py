@@ -34,47 +34,35 @@ def split_documents(
 ) -> Split:
     """Divide documents among public, private and test, none in two of them.
 
-    Longest first, each document goes to a part where it still fits, drawn by a hash of its id and
-    ``seed`` with probability proportional to the characters that the part lacks; where none fits,
-    to the part that lacks most. Long documents so leave no part overfull, and the short ones after
-    them even the parts out. The result depends on the set of documents, not
-    on their order. The seed is no secret: the split is public knowledge, membership is not.
+    A hash of its id and ``seed`` alone decides where a document goes. So adding or removing a
+    private document moves no other, and what is trained on the public part without protection
+    says nothing of the private one. The price is that the parts are only as large as chance makes
+    them. The seed is no secret: the split is public knowledge, membership is not.
 
     Args:
-        documents: At least one for each part.
+        documents: With unique ids.
         seed: Chooses among the divisions.
-        shares: Relative size of each part in characters.
+        shares: Relative number of documents in each part; a part left out stays empty.
         by: ``"user"`` keeps all of a user's documents in one part.
 
     Raises:
-        DataError: If a share is missing or not positive, ids repeat, or there are fewer documents
-            (users) than parts.
+        DataError: If a share is unknown or not positive, ids repeat, or a part that has a share
+            gets no document.
     """
-    if set(shares) != set(EQUAL_SHARES) or not all(share > 0 for share in shares.values()):
-        raise DataError(f"shares must be positive for public, private, test; got {dict(shares)}")
+    if not shares or not set(shares) <= set(EQUAL_SHARES) or min(shares.values()) <= 0:
+        raise DataError(f"shares must be positive, for public, private or test; got {dict(shares)}")
     require_unique_ids(documents, "split_documents")
-    groups: dict[str, list[Document]] = {}
-    for document in sorted(documents, key=lambda d: d.id):
-        groups.setdefault(document.id if by == "document" else document.user, []).append(document)
-    if len(groups) < len(shares):
-        raise DataError(f"{len(groups)} {by}s cannot fill {len(shares)} parts; add {by}s")
-    length = {name: sum(len(d.text) for d in group) for name, group in groups.items()}
-    total = sum(length.values())
-    lacking = {part: total * shares[part] / sum(shares.values()) for part in EQUAL_SHARES}
     parts: dict[str, list[Document]] = {part: [] for part in EQUAL_SHARES}
-    order = sorted(groups, key=lambda name: (-length[name], _unit_hash(seed, name)))
-    for position, name in enumerate(order):
-        empty = [part for part in parts if not parts[part]]
-        choices = empty if len(order) - position <= len(empty) else list(parts)
-        fitting = {part: lacking[part] for part in choices if lacking[part] >= length[name]}
-        part = (
-            _draw(fitting, _unit_hash(seed, name))
-            if fitting
-            else max(choices, key=lambda part: lacking[part])
-        )
-        parts[part].extend(groups[name])
-        lacking[part] -= length[name]
-    return Split(*(tuple(sorted(parts[part], key=lambda d: d.id)) for part in EQUAL_SHARES))
+    for document in sorted(documents, key=lambda d: d.id):
+        name = document.id if by == "document" else document.user
+        parts[_draw(shares, _unit_hash(seed, name))].append(document)
+    for part in shares:
+        if not parts[part]:
+            raise DataError(
+                f"none of {len(documents)} documents fell to the {part} part; add documents, "
+                f"raise {part}_share, choose another seed, or name a {part} source of its own"
+            )
+    return Split(*(tuple(parts[part]) for part in EQUAL_SHARES))
 
 
 def _unit_hash(seed: int, name: str) -> float:
@@ -84,11 +72,11 @@ def _unit_hash(seed: int, name: str) -> float:
 
 def _draw(weights: Mapping[str, float], uniform: float) -> str:
     point = uniform * sum(weights.values())
-    for part, weight in weights.items():
-        point -= weight
+    for part in (name for name in EQUAL_SHARES if name in weights):
+        point -= weights[part]
         if point < 0:
             return part
-    return max(weights, key=lambda part: weights[part])
+    return part
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,10 @@ def deduplicate(
             seen[key] = name
             keep.append(n)
     if len(blocks) and not keep:
-        raise DataError(f"all {len(blocks)} records repeat others, such as {duplicates[0]}")
+        raise DataError(
+            f"all {len(blocks)} records repeat others, as {duplicates[0].dropped!r} repeats "
+            f"{duplicates[0].kept!r}; add documents that differ"
+        )
     return blocks.select(keep), tuple(duplicates)
 
 
@@ -154,7 +145,8 @@ def cut_split(
 ) -> BlockSplit:
     """Cut each part of ``split`` into records and drop exact duplicates.
 
-    A record found in two parts stays in public before private before test.
+    A record found in two parts stays in public before test before private, so that neither the
+    public nor the test part depends on a private document.
 
     Args:
         split: From ``split_documents``.
@@ -164,8 +156,8 @@ def cut_split(
     """
     raw_public, raw_private, raw_test = cut(split.public), cut(split.private), cut(split.test)
     public, in_public = deduplicate(raw_public)
-    private, in_private = deduplicate(raw_private, [public])
-    test, in_test = deduplicate(raw_test, [public, private])
+    test, in_test = deduplicate(raw_test, [public])
+    private, in_private = deduplicate(raw_private, [public, test])
     duplicates = in_public + in_private + in_test
     if keep_duplicates:
         return BlockSplit(raw_public, raw_private, raw_test, duplicates)

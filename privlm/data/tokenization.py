@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as _Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from privlm.data.errors import DataError
+from protocols.files import write_atomically
 
 
 class Tokenizer(Protocol):
@@ -98,7 +99,7 @@ class _ByteLevel:
         return replace(self, reserved=self.reserved + count)
 
     def _write(self, path: str | Path, saved: _Saved) -> None:
-        Path(path).write_bytes(msgspec.json.encode(saved) + b"\n")
+        write_atomically(Path(path), msgspec.json.encode(saved) + b"\n", mode=0o644)
 
 
 @dataclass(frozen=True)

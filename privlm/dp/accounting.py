@@ -46,6 +46,14 @@ class Epsilon:
     fallback_reason: str | None = None
 
 
+def rounded_up(epsilon: float, decimals: int = 3) -> str:
+    """An ε in print, never smaller than the number; trailing zeros are dropped."""
+    if math.isinf(epsilon):
+        return "∞"
+    scale = 10**decimals
+    return f"{math.ceil(epsilon * scale) / scale:.{decimals}f}".rstrip("0").rstrip(".")
+
+
 class _PldWouldNotFitError(Exception):
     pass
 
@@ -74,8 +82,8 @@ def epsilon_of(event: DpEvent, delta: float) -> Epsilon:
         return _rdp_epsilon(event, delta, f"PLD did not fit: {error}")
     except dp_accounting.UnsupportedEventError as error:
         return _rdp_epsilon(event, delta, f"PLD does not know this event: {error}")
-    if math.isnan(value):
-        return _rdp_epsilon(event, delta, "PLD was numerically unstable")
+    if not math.isfinite(value):
+        return _rdp_epsilon(event, delta, f"PLD cannot resolve δ = {delta:g}")
     return Epsilon(value, delta, "PLD")
 
 
@@ -192,7 +200,8 @@ def _noise_multipliers(event: DpEvent) -> list[float]:
 
 def _contains_noiseless_release(event: DpEvent) -> bool:
     return isinstance(event, dp_accounting.NonPrivateDpEvent) or any(
-        sigma == 0 for sigma in _noise_multipliers(event)
+        sigma**2 == 0
+        for sigma in _noise_multipliers(event)  # underflow included
     )
 
 

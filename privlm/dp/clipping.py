@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 PerExampleLoss = Callable[[nn.Module, Tensor], Tensor]
 """(model, examples of shape (N, ...)) -> losses of shape (N,), each of its example alone."""
 
 _ROUNDING_MARGIN = 1e-5
-"""Float32 norms of 10^8 terms err by less; clipped norms stay below the bound despite it."""
+"""Float32 norms of 10^8 terms, and float32 sums over a microbatch of up to 1024 examples, err by
+less; microbatches are added up in float64. Clipped norms stay below the bound despite both."""
+
+MAX_MICROBATCH = 1024
+MIN_GRAD_NORM = 1e-6
+"""Below it the squares of float32 gradients may underflow and the norm with them."""
 
 
 class NonFiniteGradient(ValueError):
@@ -59,10 +63,12 @@ class PerExampleClipping:
     def __init__(
         self, model: nn.Module, loss: PerExampleLoss, max_grad_norm: float, microbatch_size: int
     ) -> None:
-        if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, got {max_grad_norm}")
-        if microbatch_size < 1:
-            raise ValueError(f"microbatch_size must be at least 1, got {microbatch_size}")
+        if not max_grad_norm >= MIN_GRAD_NORM:
+            raise ValueError(f"max_grad_norm must be at least {MIN_GRAD_NORM}, got {max_grad_norm}")
+        if not 1 <= microbatch_size <= MAX_MICROBATCH:
+            raise ValueError(
+                f"microbatch_size must lie between 1 and {MAX_MICROBATCH}, got {microbatch_size}"
+            )
         self._model = model
         self._loss = loss
         self._max_grad_norm = max_grad_norm
@@ -72,6 +78,8 @@ class PerExampleClipping:
             raise ValueError("the model has no parameter that requires a gradient")
 
     def __enter__(self) -> PerExampleClipping:
+        from opacus.grad_sample import GradSampleModule  # takes seconds; accounting needs none
+
         self._model.train()
         try:
             self._engine: Any = GradSampleModule(
@@ -95,7 +103,7 @@ class PerExampleClipping:
         Raises:
             NonFiniteGradient: an example whose loss or gradient is NaN or infinite.
         """
-        totals = tuple(torch.zeros_like(p, dtype=torch.float32) for p in self.parameters)
+        totals = tuple(torch.zeros_like(p, dtype=torch.float64) for p in self.parameters)
         for chunk in examples.split(self._microbatch_size) if len(examples) else ():
             self._add_clipped(chunk, totals)
         return ClippedSum(totals, self._max_grad_norm)
@@ -116,16 +124,15 @@ class PerExampleClipping:
             [g.flatten(1).float().square().sum(1) for g in samples if g is not None]
         ).sum(0)
         if not bool(torch.isfinite(squares_N).all()):
-            bad = int((~torch.isfinite(squares_N)).sum())
             self._forget()
             raise NonFiniteGradient(
-                f"{bad} of {len(examples)} per-example gradients are not finite; nothing was "
-                "released. Lower the learning rate, or look for NaN in the model or the data"
+                "a per-example gradient is not finite; nothing was released. Lower the learning "
+                "rate, or look for NaN in the model or the data"
             )
         factor_N = (self._max_grad_norm * (1 - _ROUNDING_MARGIN) / squares_N.sqrt()).clamp(max=1.0)
         for total, g in zip(totals, samples, strict=True):
             if g is not None:
-                total.view(-1).addmv_(g.flatten(1).float().T, factor_N)
+                total.view(-1).add_(factor_N @ g.flatten(1).float())
         self._forget()
 
     def _forget(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from protocols.files import sync_directory
 
 _GENESIS = "privlm ledger 1"
 _MAX_BYTES = 1 << 30
+_OPENING = b'{"entry":{"dataset":"'
 
 
 class LedgerError(ValueError):
@@ -58,29 +60,27 @@ class Ledger:
         path: the file; created, with its folder, if missing.
         dataset: fingerprint of the data set that the entries are about. A file
             that records another data set is refused: one ledger, one data set.
+        create: whether a missing file is a new ledger. Not so for a run that
+            has begun: a missing ledger would make its releases look free.
 
     Raises:
-        LedgerError: another process writes to it, it was tampered with, or it
-            belongs to another data set.
+        LedgerError: it cannot be opened, another process writes to it, it was
+            tampered with, or it belongs to another data set.
     """
 
-    def __init__(self, path: Path, *, dataset: str) -> None:
+    def __init__(self, path: Path, *, dataset: str, create: bool = True) -> None:
         self.path = Path(path)
         self.dataset = dataset
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        created = not self.path.exists()
         self._chain = hashlib.sha256(_GENESIS.encode()).hexdigest()
         self._end = 0
-        self._steps: Counter[str] = Counter()
-        self._releases: Counter[tuple[float, float]] = Counter()
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._releases: dict[str, Counter[tuple[float, float]]] = {}
+        self._fd = self._open(create)
         try:
             self._lock()
             self._load()
-            if created:
-                sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def __enter__(self) -> Ledger:
@@ -132,14 +132,20 @@ class Ledger:
 
     def steps(self, run: str) -> int:
         """How many releases this run has on record."""
-        return self._steps[run]
+        return sum(self._releases.get(run, Counter()).values())
+
+    def fits(self, run: str, plan: Plan) -> bool:
+        """Whether all that this run has on record are steps of ``plan``, and not too many."""
+        kind = (plan.sampler.sampling_probability, plan.noise_multiplier)
+        return self.steps(run) <= plan.steps and set(self._releases.get(run, ())) <= {kind}
 
     def event(self) -> DpEvent:
         """All releases of all runs, composed."""
+        total: Counter[tuple[float, float]] = sum(self._releases.values(), Counter())
         return dp_accounting.ComposedDpEvent(
             [
                 dp_accounting.SelfComposedDpEvent(_step_event(q, sigma), count)
-                for (q, sigma), count in sorted(self._releases.items())
+                for (q, sigma), count in sorted(total.items())
             ]
         )
 
@@ -149,13 +155,35 @@ class Ledger:
             return Epsilon(0.0, delta, "PLD")
         return epsilon_of(self.event(), delta)
 
+    def _open(self, create: bool) -> int:
+        if not create and not self.path.exists():
+            raise LedgerError(
+                f"{self.path}: the ledger of this run is missing; restore it from a backup, "
+                "because without it nothing says what was spent"
+            )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            raise LedgerError(
+                f"{self.path}: the ledger cannot be opened ({error}); choose another place for it"
+            ) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise LedgerError(f"{self.path} is not a regular file; choose another ledger")
+        return fd
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError:
             raise LedgerError(
                 f"{self.path} is in use by another run; wait for it, or give each data set "
                 "its own ledger"
+            ) from None
+        except OSError as error:
+            raise LedgerError(
+                f"{self.path}: cannot be locked ({error}); put it on a local disk"
             ) from error
 
     def _load(self) -> None:
@@ -165,10 +193,23 @@ class Ledger:
         lines = _read_all(self._fd, size).split(b"\n")
         for number, line in enumerate(lines, start=1):
             if number == len(lines):
-                break  # whatever follows the last newline was interrupted before its release
+                self._check_torn(number, line)
+                break  # it was interrupted before its release
             self._take(number, line)
         if self._end != size:
             os.ftruncate(self._fd, self._end)
+
+    def _check_torn(self, number: int, tail: bytes) -> None:
+        """Refuse an unfinished last line that no ledger began: it is dropped, so it must be ours.
+
+        A power cut may leave zero bytes where an entry was to stand.
+        """
+        begun = tail.rstrip(b"\0")
+        if not (begun.startswith(_OPENING) or _OPENING.startswith(begun)):
+            raise LedgerError(
+                f"{self.path}, line {number}: not a ledger entry; restore a backup, or choose "
+                "another ledger if this file is none"
+            )
 
     def _take(self, number: int, line: bytes) -> None:
         where = f"{self.path}, line {number}"
@@ -188,8 +229,8 @@ class Ledger:
         self._count(parsed.entry)
 
     def _count(self, entry: Entry) -> None:
-        self._steps[entry.run] += entry.count
-        self._releases[entry.sampling_probability, entry.noise_multiplier] += entry.count
+        kind = (entry.sampling_probability, entry.noise_multiplier)
+        self._releases.setdefault(entry.run, Counter())[kind] += entry.count
 
 
 def _step_event(sampling_probability: float, noise_multiplier: float) -> DpEvent:

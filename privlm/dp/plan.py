@@ -13,6 +13,7 @@ from privlm.dp.accounting import (
     DpEvent,
     calibrate_noise_multiplier,
     epsilon_of,
+    rounded_up,
 )
 from privlm.dp.noise import GaussianMechanism
 from privlm.dp.sampling import PoissonSampler
@@ -32,7 +33,7 @@ class Guarantee(msgspec.Struct, frozen=True):
     accountant: Accountant
 
     def __str__(self) -> str:
-        return f"(ε = {self.epsilon:.3g}, δ = {self.delta:.0e})-DP per {self.unit}"
+        return f"(ε = {rounded_up(self.epsilon)}, δ = {self.delta:g})-DP per {self.unit}"
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

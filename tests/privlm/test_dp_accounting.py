@@ -5,7 +5,7 @@ import math
 import dp_accounting
 import pytest
 
-from privlm.dp.accounting import calibrate_noise_multiplier, epsilon_of
+from privlm.dp.accounting import calibrate_noise_multiplier, epsilon_of, rounded_up
 from privlm.dp.plan import Plan
 from privlm.dp.sampling import PoissonSampler
 
@@ -134,3 +134,19 @@ def test_a_plan_that_cannot_be_is_refused_by_name(changes):
 def test_a_sampling_probability_outside_its_range_is_refused(q):
     with pytest.raises(ValueError, match="sampling_probability"):
         PoissonSampler(q)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "text"),
+    [(7.9941, "7.995"), (1.0, "1"), (1234.5604, "1234.561"), (1e5 + 0.4, "100000.4"), (0.0, "0")],
+)
+def test_a_printed_epsilon_is_never_smaller_than_the_number(epsilon, text):
+    assert rounded_up(epsilon) == text
+    assert float(text) >= epsilon
+    assert rounded_up(math.inf) == "∞"
+
+
+def test_a_delta_too_small_for_pld_is_answered_by_renyi():
+    spent = epsilon_of(poisson_gaussian(1.0, 0.02, 100), 1e-18)
+    assert spent.accountant == "RDP"
+    assert math.isfinite(spent.value)
