@@ -69,7 +69,7 @@ def main() -> None:
 
 def _put_into_readme(printed: str) -> None:
     """Up to the first line that speaks of single attacks."""
-    table = printed.split("Every attack, with its controls")[0].rstrip()
+    table = printed.split("Every attack, with its controls", maxsplit=1)[0].rstrip()
     page = ROOT / "README.md"
     begin, end = MARKS
     block = f"{begin}\n```text\n{table}\n```\n{end}"
