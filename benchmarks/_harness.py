@@ -97,7 +97,11 @@ def _git(*words: str) -> str | None:
 def commit() -> str | None:
     """The commit that was measured, marked if the tree differs from it; None before the first."""
     head = _git("rev-parse", "HEAD")
-    return f"{head}+changes" if head and _git("status", "--porcelain") else head
+    return (
+        f"{head}+changes"
+        if head and _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        else head
+    )
 
 
 def report(
