@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OUT ?= audit
 
-.PHONY: audit test test-all lint bench peers clean help
+.PHONY: audit test test-all lint bench package peers clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make lint      format, style, types, layers"
 	@echo "make bench     every benchmark, into benchmarks/results"
+	@echo "make package   wheel and sdist, tried in an empty environment"
 	@echo "make peers     environments of the projects that benchmarks compare with, in .peers"
 	@echo "make clean     remove environments and caches"
 
@@ -43,6 +44,15 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+# The wheel and the sdist, and the wheel in an empty environment without any extra.
+package: $(INSTALLED)
+	rm -rf dist && $(BIN)/python -m build
+	$(PYTHON) -m venv dist/empty
+	dist/empty/bin/pip install --quiet --constraint constraints.txt torch
+	dist/empty/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && empty/bin/python -c 'import attacks.suite, privlm.runs, protocols.transport' \
+		&& empty/bin/privlm --version
 
 # Projects whose requirements exclude ours; each in an environment of its own.
 PEERS := flwr spu

@@ -163,7 +163,13 @@ def run_suite(config: SuiteConfig, *, ledger_dir: Path, watch: Watch) -> SuiteRe
     """
     started = datetime.datetime.now(datetime.UTC)
     rng = np.random.default_rng(config.seed)
-    experiment = prepare(config.setup, seed=config.seed, stream=fresh_stream("audit"), watch=watch)
+    experiment = prepare(
+        config.setup,
+        seed=config.seed,
+        stream=fresh_stream("audit"),
+        watch=watch,
+        protections=config.protections,
+    )
     results = tuple(
         _attack(experiment, protection, config, ledger_dir, watch, rng)
         for protection in config.protections

@@ -10,9 +10,12 @@ Shape suffixes: N candidate records, K secret canaries, C candidate secrets, T t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +49,7 @@ from privlm.data import (
     secret_canaries,
 )
 from privlm.dp.ledger import Ledger
+from privlm.dp.plan import Plan
 from privlm.dp.training import OptimizerConfig, examples_of
 from privlm.evaluation import DocumentBits, document_bits
 from privlm.finetuning import (
@@ -187,7 +191,14 @@ class TrainedTarget:
     details: dict[str, float | int | str]
 
 
-def prepare(setup: TrainingSetup, *, seed: int, stream: Stream, watch: Watch) -> Experiment:
+def prepare(
+    setup: TrainingSetup,
+    *,
+    seed: int,
+    stream: Stream,
+    watch: Watch,
+    protections: Sequence[Protection] = (),
+) -> Experiment:
     """Load the corpus, toss the coins, train the public base model.
 
     Args:
@@ -195,9 +206,11 @@ def prepare(setup: TrainingSetup, *, seed: int, stream: Stream, watch: Watch) ->
         seed: initialisation and public order; no secret.
         stream: membership, secrets and their hiding places.
         watch: where progress is shown.
+        protections: those to come; a plan that cannot be is refused before any training.
 
     Raises:
         DataError: the corpus cannot be used, or the canaries do not fit.
+        ValueError: a budget that no noise reaches, or a batch larger than the data.
     """
     canaries = setup.canaries
     corpus = load_corpus(
@@ -226,6 +239,11 @@ def prepare(setup: TrainingSetup, *, seed: int, stream: Stream, watch: Watch) ->
         if secret_member_K.any():
             rows = plant(planted, context, end_id)
             parts.append(rows.select(secret_member_K))
+    population = (len(candidates) + canaries.secrets) // 2
+    for protection in protections:
+        if isinstance(protection, DpSgd):
+            with _naming(protection.name), watch(f"planning {protection.name}", 1):
+                _plan(protection, population)
     with watch("public base model", public_steps(corpus, setup.public)) as after_step:
         base = public_base_model(
             corpus, setup.model, setup.public, seed=seed, after_step=after_step
@@ -238,7 +256,7 @@ def prepare(setup: TrainingSetup, *, seed: int, stream: Stream, watch: Watch) ->
         candidates=candidates,
         canary_N=np.arange(len(candidates)) >= len(text),
         members=concatenate(*parts),
-        population=(len(candidates) + canaries.secrets) // 2,
+        population=population,
         base=base,
         reference=Evaluated(
             base.eval(),
@@ -311,6 +329,24 @@ def _plain(
     return claim, {"steps": steps}, time.perf_counter() - started
 
 
+@functools.cache
+def _plan(protection: DpSgd, population: int) -> Plan:
+    return make_plan(
+        protection.privacy,
+        candidates=population,
+        epochs=protection.epochs,
+        batch_size=protection.batch_size,
+    )
+
+
+@contextlib.contextmanager
+def _naming(protection: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"protections: {protection}: {error}") from error
+
+
 def _dp_sgd(
     model: TinyDecoder,
     experiment: Experiment,
@@ -318,12 +354,7 @@ def _dp_sgd(
     ledger_dir: Path,
     watch: Watch,
 ) -> tuple[Claim, dict[str, float | int | str], float]:
-    plan = make_plan(
-        protection.privacy,
-        candidates=experiment.population,
-        epochs=protection.epochs,
-        batch_size=protection.batch_size,
-    )
+    plan = _plan(protection, experiment.population)
     guarantee = plan.guarantee()
     optimizer = protection.optimizer.build(list(model.parameters()))
     dataset = fingerprint(experiment.candidates)

@@ -163,6 +163,20 @@ def test_more_secrets_than_prompts_are_refused():
         prepare(setup, seed=0, stream=Stream(bytes(32), "a"), watch=unwatched)
 
 
+def test_a_budget_out_of_reach_is_refused_before_any_training():
+    greedy = msgspec.structs.replace(ONE, privacy=PrivacyConfig(target_epsilon=1e-7))
+    watched = []
+
+    @contextlib.contextmanager
+    def watch(what, steps):
+        watched.append(what)
+        yield lambda done: None
+
+    with pytest.raises(ValueError, match="protections: ε = 1: epsilon 1e-07 .* cannot be reached"):
+        prepare(SMALL, seed=0, stream=Stream(bytes(32), "a"), watch=watch, protections=(greedy,))
+    assert watched == ["planning ε = 1"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
