@@ -90,3 +90,15 @@ class PeersMissing(RemoteProtocolError):
 
 class EndlessExchange(RemoteProtocolError):
     """Parties that answer each other without end would never finish."""
+
+
+class WrongSession(RemoteProtocolError):
+    """A message of another run, replayed or misdirected, would be taken for one of this run."""
+
+
+class TooFewClients(RemoteProtocolError):
+    """A sum over too few clients would say nearly what each of them gave."""
+
+
+class InconsistentSurvivors(RemoteProtocolError):
+    """Shares of sums over different clients would open to a sum over nobody."""
