@@ -64,13 +64,17 @@ class GaussianMechanism:
         noise_std = self.noise_std(clipped.l2_sensitivity)
         if noise_std == 0:
             return Release(clipped.values, self.event)
-        grid = 2.0 ** (math.floor(math.log2(noise_std)) - GRID_BITS)
         return Release(
-            tuple(_noised(value, noise_std, grid, stream) for value in clipped.values), self.event
+            tuple(noised(value, noise_std, stream) for value in clipped.values), self.event
         )
 
 
-def _noised(value: Tensor, noise_std: float, grid: float, stream: Stream) -> Tensor:
+def noised(value: Tensor, noise_std: float, stream: Stream) -> Tensor:
+    """``value`` plus N(0, noise_std²) on every entry, rounded to the grid.
+
+    Whatever is computed from ``noise_std`` > 0 alone is public; see :class:`GaussianMechanism`.
+    """
+    grid = 2.0 ** (math.floor(math.log2(noise_std)) - GRID_BITS)
     noise = torch.from_numpy(stream.standard_normal(value.numel())).view(value.shape)
     total = value.to(device="cpu", dtype=torch.float64) + noise_std * noise
     return (total / grid).round_().mul_(grid).to(device=value.device, dtype=value.dtype)

@@ -1,4 +1,4 @@
-# ruff: noqa: D102  (forward is documented by its class)
+# ruff: noqa: D102  (forward is documented by its class, the rest by Decoder)
 """A decoder small enough to read in ten minutes, for tests and examples.
 
 Pre-norm transformer (RMSNorm, rotary positions, causal attention, SwiGLU) over text, with image
@@ -11,13 +11,14 @@ F = width of the MLP, V = vocabulary, P x K = patches, M = mel bands.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from privlm.models.decoder import Cache, Decoder, ParameterRoles, Weight
 from privlm.models.modalities import patchify
 
 ROTARY_BASE = 10_000.0
@@ -73,30 +74,6 @@ class TinyConfig:
         if not self.mlp_width:
             width = 4 * self.width if self.mlp == "gelu" else math.ceil(8 * self.width / 3)
             object.__setattr__(self, "mlp_width", width)
-
-
-@dataclass
-class Cache:
-    """Keys and values of the positions already seen, one pair a layer; grows as it is used."""
-
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
-
-    @property
-    def length(self) -> int:
-        """C, positions held."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def extend(self, layer: int, key_BHSE: Tensor, value_BHSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append to a layer; returns all its keys and values (B, H, A, E)."""
-        if layer == len(self.layers):
-            self.layers.append((key_BHSE, value_BHSE))
-        else:
-            key, value = self.layers[layer]
-            self.layers[layer] = (
-                torch.cat([key, key_BHSE], dim=2),
-                torch.cat([value, value_BHSE], dim=2),
-            )
-        return self.layers[layer]
 
 
 @dataclass(frozen=True)
@@ -202,7 +179,7 @@ class Block(nn.Module):
         return out
 
 
-class TinyDecoder(nn.Module):
+class TinyDecoder(Decoder):
     """The decoder: ``embed`` -> ``blocks`` -> ``norm`` -> ``head``.
 
     Second derivatives (gradient inversion) and ``torch.func.vmap`` (shadow models) need
@@ -215,7 +192,14 @@ class TinyDecoder(nn.Module):
     """
 
     def __init__(self, config: TinyConfig, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(
+            vocab_size=config.vocab_size,
+            width=config.width,
+            layers=config.layers,
+            context=config.context,
+            tied_head=config.tied_head,
+            positional=False,  # rotary positions turn queries and keys inside the blocks
+        )
         self.config = config
         with torch.device("meta"):  # the layers' own initialisation would draw global randomness
             self.embed = nn.Embedding(config.vocab_size, config.width)
@@ -275,8 +259,19 @@ class TinyDecoder(nn.Module):
             raise ValueError("image and audio precede the text; give them with the first call")
         x_BSD = self.embed_inputs(ids_BT, image_BCHW, audio_BFM)
         x_BSD = self.run_blocks(x_BSD, cache)
-        logits_BTV: Tensor = self.head(self.norm(x_BSD[:, -ids_BT.shape[1] :]))
-        return logits_BTV
+        return self.predict(x_BSD[:, -ids_BT.shape[1] :])
+
+    def embed_tokens(self, ids_BT: Tensor, start: int = 0) -> Tensor:
+        return self.embed_inputs(ids_BT)
+
+    def attention_input(self, x_BTD: Tensor, layer: int) -> Tensor:
+        rows_BTD: Tensor = self.get_submodule(f"blocks.{layer}.attention_norm")(x_BTD)
+        return rows_BTD
+
+    def parameter_roles(self) -> ParameterRoles:
+        values = (Weight(f"blocks.{layer}.attention.value.weight") for layer in range(self.layers))
+        head = "embed.weight" if self.tied_head else "head.weight"
+        return ParameterRoles(tuple(values), head, "embed.weight")
 
     def embed_inputs(
         self,
@@ -310,66 +305,16 @@ class TinyDecoder(nn.Module):
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def run_blocks(
-        self, x_BSD: Tensor, cache: Cache | None = None, first: int = 0, last: int | None = None
+        self, x_BTD: Tensor, cache: Cache | None = None, first: int = 0, last: int | None = None
     ) -> Tensor:
-        """Pass the residual stream through blocks ``first`` up to, not including, ``last``.
-
-        The cache of a partial run counts layers from ``first``.
-        """
         cached = cache.length if cache is not None else 0
-        if cached + x_BSD.shape[1] > self.config.context:
+        if cached + x_BTD.shape[1] > self.config.context:
             raise ValueError(
-                f"{cached} cached and {x_BSD.shape[1]} new positions exceed the context of "
+                f"{cached} cached and {x_BTD.shape[1]} new positions exceed the context of "
                 f"{self.config.context}"
             )
         head_width = self.config.width // self.config.heads
-        positions = Positions.at(cached, x_BSD.shape[1], head_width, x_BSD)
+        positions = Positions.at(cached, x_BTD.shape[1], head_width, x_BTD)
         for layer, block in enumerate(self.blocks[first:last]):
-            x_BSD = block(x_BSD, positions, layer, cache)
-        return x_BSD
-
-
-@torch.no_grad()
-def generate(
-    model: TinyDecoder,
-    prompt_BT: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-    image_BCHW: Tensor | None = None,
-    audio_BFM: Tensor | None = None,
-) -> Tensor:
-    """Continue prompts of equal length, one token at a time.
-
-    Args:
-        model: The decoder.
-        prompt_BT: int64 token ids.
-        max_new_tokens: Tokens to add.
-        temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
-        generator: Needed if ``temperature`` is positive.
-        image_BCHW: Image prefix.
-        audio_BFM: Audio prefix.
-
-    Returns:
-        ids: int64, shape (B, T + max_new_tokens), prompt included.
-
-    Raises:
-        ValueError: If an argument is out of range or the context overflows.
-    """
-    if temperature < 0 or (temperature > 0 and generator is None):
-        raise ValueError(f"temperature must be 0, or positive with a generator; got {temperature}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-    cache = Cache()
-    ids_BT, new_BT = prompt_BT, prompt_BT
-    for step in range(max_new_tokens):
-        prefix = (image_BCHW, audio_BFM) if step == 0 else (None, None)
-        logits_BV = model(new_BT, *prefix, cache)[:, -1]
-        if temperature == 0:
-            new_BT = logits_BV.argmax(dim=-1, keepdim=True)
-        else:
-            probability_BV = (logits_BV / temperature).softmax(dim=-1)
-            new_BT = torch.multinomial(probability_BV, 1, generator=generator)
-        ids_BT = torch.cat([ids_BT, new_BT], dim=1)
-    return ids_BT
+            x_BTD = block(x_BTD, positions, layer, cache)
+        return x_BTD
