@@ -11,6 +11,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,44 +21,69 @@ import msgspec
 import numpy as np
 import torch
 
-from attacks.scoring import Curve, Measured, Measurement, measure
+from attacks.catalogue import ATTACKS
+from attacks.scoring import Curve, Measurement, measure
 from attacks.statistics import Estimate, ratio_estimate
 from attacks.targets import (
+    ClearSum,
+    ClearUpdate,
     DpSgd,
-    Experiment,
+    NoisedSplit,
     NoProtection,
+    PlainSplit,
     Protection,
-    TrainingSetup,
+    Scene,
+    SecretShared,
+    Setup,
     Watch,
     decode_config,
     fresh_stream,
     load_config,
     prepare,
-    train_target,
 )
-from attacks.threat import Claim, Finding, Population, Scores, Status, promised
+from attacks.threat import (
+    Attack,
+    Claim,
+    Cost,
+    Finding,
+    Moment,
+    Population,
+    Scores,
+    Status,
+    Utility,
+    promised,
+)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PACKAGES = ("privlm", "torch", "numpy", "scipy", "opacus", "dp-accounting", "tokenizers")
 
 
 class SuiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An audit: what is trained, how it is protected, how it is measured.
+    """An audit: what is protected and how, and how it is measured.
 
     ``seed`` drives initialisation, the public split and label permutations. The
     coins that decide membership, and all noise, are fresh secrets on every run.
     """
 
-    protections: Annotated[tuple[NoProtection | DpSgd, ...], msgspec.Meta(min_length=1)]
-    setup: TrainingSetup = TrainingSetup()
+    protections: Annotated[
+        tuple[
+            NoProtection | DpSgd | ClearUpdate | ClearSum | SecretShared | PlainSplit | NoisedSplit,
+            ...,
+        ],
+        msgspec.Meta(min_length=1),
+    ]
+    setup: Setup = Setup()
     measurement: Measurement = Measurement()
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        names = [protection.name for protection in self.protections]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"protections: the name {name!r} stands twice")
+        _refuse_repeated([protection.name for protection in self.protections])
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"protections: the name {name!r} stands twice")
 
 
 @dataclass(frozen=True)
@@ -65,29 +91,31 @@ class ProtectionResult:
     """One row of the table.
 
     Attributes:
+        moment: when it protects.
         name: of the protection.
         claim: what it promises.
-        findings: one an attack and population; every bound holds simultaneously.
+        findings: one an attack and population; what is held against the claim holds together.
         curves: for drawing.
-        utility: bits per byte on the test documents; the document is the unit.
-        seconds: of protected training.
-        details: of the plan that ran.
+        utility: what the protected system is still good for.
+        cost: in time and traffic.
+        details: of what ran.
         scores: of every candidate record, for the owner of the records.
     """
 
+    moment: Moment
     name: str
     claim: Claim
     findings: tuple[Finding, ...]
     curves: tuple[Curve, ...] = field(repr=False)
-    utility: Estimate
-    seconds: float
+    utility: Utility
+    cost: Cost
     details: dict[str, float | int | str]
     scores: tuple[Scores, ...] = field(repr=False)
 
     @property
     def exceeds_claim(self) -> bool:
-        """Something was promised and a bound contradicts it."""
-        return self.claim.epsilon is not None and self.status is Status.LEAK
+        """Something was promised and a measurement contradicts it."""
+        return self.claim.promises and self.status is Status.LEAK
 
     @property
     def status(self) -> Status:
@@ -97,13 +125,6 @@ class ProtectionResult:
             if status in statuses:
                 return status
         return Status.NOT_APPLICABLE
-
-    @property
-    def strongest(self) -> Finding:
-        """The membership finding with the largest lower bound on ε, the first of equals."""
-        return max(
-            (f for f in self.findings if f.population != "secrets"), key=lambda f: f.lower_bound
-        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +149,7 @@ class SuiteResult:
     def has_untested_claim(self) -> bool:
         """Something is claimed that no attack here could have contradicted."""
         return any(
-            result.claim.epsilon is not None and result.status is Status.NOT_EVALUABLE
+            result.claim.promises and result.status is Status.NOT_EVALUABLE
             for result in self.results
         )
 
@@ -149,46 +170,54 @@ def load_suite(path: Path | None) -> SuiteConfig:
     return load_config(path, SuiteConfig)
 
 
-def run_suite(config: SuiteConfig, *, ledger_dir: Path, watch: Watch) -> SuiteResult:
-    """Train every protection's model, attack each alike, and judge.
+def run_suite(
+    config: SuiteConfig,
+    *,
+    ledger_dir: Path,
+    watch: Watch,
+    protections: Sequence[Protection] = (),
+    attacks: Sequence[Attack[Any]] = (),
+) -> SuiteResult:
+    """Run every protection, attack each alike, and judge.
 
     Args:
         config: declared beforehand.
         ledger_dir: where every protection's releases are recorded.
         watch: where progress is shown.
+        protections: of one's own, after those of ``config``.
+        attacks: of one's own, after those of ``config.measurement``.
 
     Raises:
-        ConfigError, DataError, ValueError: before any model is trained where the
+        ConfigError, DataError, ValueError: before anything is trained where the
             configuration cannot work; the message says what to change.
     """
     started = datetime.datetime.now(datetime.UTC)
     rng = np.random.default_rng(config.seed)
-    experiment = prepare(
+    every = (*config.protections, *protections)
+    _refuse_repeated([protection.name for protection in every])
+    chosen = (*(ATTACKS[name] for name in config.measurement.attacks), *attacks)
+    scene = prepare(
         config.setup,
+        every,
         seed=config.seed,
         stream=fresh_stream("audit"),
+        ledger_dir=ledger_dir,
         watch=watch,
-        protections=config.protections,
     )
-    results = tuple(
-        _attack(experiment, protection, config, ledger_dir, watch, rng)
-        for protection in config.protections
+    counts: dict[str, int] = {}
+    results = with_positive_control(
+        tuple(_audit(scene, protection, chosen, config, rng, counts) for protection in every)
     )
-    results = with_positive_control(results)
-    truth = experiment.truth
+    truth = None if scene.training is None else scene.training.truth
     return SuiteResult(
         config=config,
         results=results,
-        base_utility=_utility(experiment.base_utility),
+        base_utility=ratio_estimate(scene.base_utility.bits_D, scene.base_utility.bytes_D),
         counts={
-            "text records": int((~experiment.canary_N).sum()),
-            "text records trained on": int(truth.member_N[~experiment.canary_N].sum()),
-            "canaries": int(experiment.canary_N.sum()),
-            "canaries trained on": int(truth.member_N[experiment.canary_N].sum()),
-            "secrets": len(truth.secret_member_K),
-            "secrets trained on": int(truth.secret_member_K.sum()),
-            "duplicate records dropped": len(experiment.corpus.blocks.duplicates),
-            "test documents": len(experiment.base_utility.bits_D),
+            **_training_counts(scene),
+            **counts,
+            "duplicate records dropped": len(scene.corpus.blocks.duplicates),
+            "test documents": len(scene.base_utility.bits_D),
         },
         provenance={
             "started": started.isoformat(timespec="seconds"),
@@ -202,10 +231,61 @@ def run_suite(config: SuiteConfig, *, ledger_dir: Path, watch: Watch) -> SuiteRe
                 "torch threads": torch.get_num_threads(),
             },
         },
-        record_ids=experiment.candidates.record_ids,
-        member_N=truth.member_N,
-        canary_N=experiment.canary_N,
+        record_ids=() if scene.training is None else scene.training.candidates.record_ids,
+        member_N=np.zeros(0, bool) if truth is None else truth.member_N,
+        canary_N=np.zeros(0, bool) if truth is None else truth.canary_N,
     )
+
+
+def _audit(
+    scene: Scene,
+    protection: Protection,
+    attacks: tuple[Attack[Any], ...],
+    config: SuiteConfig,
+    rng: np.random.Generator,
+    counts: dict[str, int],
+) -> ProtectionResult:
+    target = protection.run(scene)
+    with scene.watch(f"attacks on {protection.name}", 1) as done:
+        measured = measure(target, attacks, config.measurement, rng)
+        done(1)
+    for finding in measured.findings:
+        if protection.moment is not Moment.TRAINING:
+            what = _COUNTED.get(finding.population, finding.population)
+            counts[what] = max(finding.n, counts.get(what, 0))
+    return ProtectionResult(
+        moment=protection.moment,
+        name=protection.name,
+        claim=target.claim,
+        findings=measured.findings,
+        curves=measured.curves,
+        utility=target.utility,
+        cost=target.cost,
+        details=target.details,
+        scores=measured.scores,
+    )
+
+
+_COUNTED = {
+    "texts": "tokens of client texts",
+    "uploads": "uploads in the matching game",
+    "prompts": "tokens of prompts",
+    "requests": "requests told apart",
+}
+
+
+def _training_counts(scene: Scene) -> dict[str, int]:
+    if scene.training is None:
+        return {}
+    truth = scene.training.truth
+    return {
+        "text records": int((~truth.canary_N).sum()),
+        "text records trained on": int(truth.member_N[~truth.canary_N].sum()),
+        "canaries": int(truth.canary_N.sum()),
+        "canaries trained on": int(truth.member_N[truth.canary_N].sum()),
+        "secrets": len(truth.secret_member_K),
+        "secrets trained on": int(truth.secret_member_K.sum()),
+    }
 
 
 def with_positive_control(
@@ -219,8 +299,9 @@ def with_positive_control(
     unprotected = {
         (finding.attack, finding.population): finding.lower_bound
         for result in results
-        if result.claim.epsilon is None
+        if not result.claim.promises
         for finding in result.findings
+        if finding.lower_bound is not None
     }
     return tuple(
         dataclasses.replace(
@@ -243,7 +324,9 @@ def _controlled(
         return finding
     shown = unprotected.get((finding.attack, finding.population))
     if shown is None:
-        reason = "no unprotected model shows what this attack can do; add a protection of type none"
+        reason = (
+            "nothing unprotected shows what this attack can do; add the baseline of this moment"
+        )
     elif shown <= epsilon:
         reason = (
             f"the same attack shows only ε ≥ {shown:.2f} where nothing protects, "
@@ -255,38 +338,3 @@ def _controlled(
             reason=f"{finding.reason}; where nothing protects the same attack shows {shown:.2f}",
         )
     return dataclasses.replace(finding, status=Status.NOT_EVALUABLE, reason=reason)
-
-
-def _attack(
-    experiment: Experiment,
-    protection: Protection,
-    config: SuiteConfig,
-    ledger_dir: Path,
-    watch: Watch,
-    rng: np.random.Generator,
-) -> ProtectionResult:
-    target = train_target(experiment, protection, ledger_dir=ledger_dir, watch=watch)
-    with watch(f"attacks on {protection.name}", 1) as done:
-        measured: Measured = measure(
-            target.view,
-            experiment.truth,
-            experiment.canary_N,
-            target.claim,
-            config.measurement,
-            rng,
-        )
-        done(1)
-    return ProtectionResult(
-        name=protection.name,
-        claim=target.claim,
-        findings=measured.findings,
-        curves=measured.curves,
-        utility=_utility(target.utility),
-        seconds=target.seconds,
-        details=target.details,
-        scores=measured.scores,
-    )
-
-
-def _utility(bits: Any) -> Estimate:
-    return ratio_estimate(bits.bits_D, bits.bytes_D)

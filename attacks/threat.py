@@ -1,20 +1,21 @@
 """What is promised, what the adversary sees, and what an attack returns.
 
-No type here holds the ground truth: which records were trained on lives in
-:mod:`attacks.targets` and meets the scores in :mod:`attacks.scoring` alone.
+No type here holds the ground truth: which records were trained on, which text a client
+held, lives in :mod:`attacks.targets` and meets the scores in :mod:`attacks.scoring` alone.
 
-Shape suffixes: N candidate records, T tokens a record, V vocabulary, C candidate secrets,
-B records scored at once.
+Shape suffixes: N candidate records or trials, T tokens a record, V vocabulary, C candidates
+of one choice, B records or prefixes at once, t tokens of a prefix, D width, K clients,
+H uploads that bear on one choice, P parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,15 @@ from attacks.statistics import Estimate
 Logits = Callable[[Tensor], Tensor]
 """ids (B, T) -> logits (B, T, V); position t predicts token t + 1."""
 
-Population = Literal["text", "canaries", "secrets"]
+Population = Literal["text", "canaries", "secrets", "texts", "uploads", "prompts", "requests"]
+
+
+class Moment(StrEnum):
+    """When private data is touched."""
+
+    TRAINING = "training"
+    AGGREGATION = "aggregation"
+    INFERENCE = "inference"
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,10 @@ class Claim:
         adversary: who looks, and what that party sees.
         assumption: what must hold for the guarantee.
         guarantee: in words, with its numbers.
-        epsilon: the ε promised at ``delta``; None where nothing is promised.
+        epsilon: the ε promised at ``delta``; None where no ε is promised.
         delta: the δ of that promise.
+        nothing_leaks: the adversary is promised to learn nothing beyond what ``guarantee`` names.
+        short: the guarantee in a few words, for a narrow column.
     """
 
     adversary: str
@@ -45,6 +56,13 @@ class Claim:
     guarantee: str
     epsilon: float | None = None
     delta: float | None = None
+    nothing_leaks: bool = False
+    short: str = ""
+
+    @property
+    def promises(self) -> bool:
+        """Whether anything is promised that a measurement could contradict."""
+        return self.epsilon is not None or self.nothing_leaks
 
 
 def promised(epsilon: float) -> str:
@@ -189,11 +207,183 @@ class ReleasedModel:
 
 
 @dataclass(frozen=True, eq=False)
+class OpenModel:
+    """The model that everybody knows: what an honest client computes from given tokens.
+
+    Attributes:
+        vocabulary_C: int64, the token ids that a text may hold.
+        layers: how many attention layers there are.
+        width: D.
+        context: the longest text, in tokens.
+        attended_after: ``(layer, prefix_Bt, ids_C) -> (B, C, D)``: what that layer's query, key and
+            value projections multiply at the position after each prefix (t may be 0), for every
+            candidate token there.
+        predict: ``ids_BT -> (hidden_BTD, logits_BTV)``: what the output head multiplies, and its
+            product.
+        positional: whether rows of layer 0 depend on the position, not on the token alone.
+        tied: whether the head shares the embedding's matrix.
+    """
+
+    vocabulary_C: Tensor = field(repr=False)
+    layers: int
+    width: int
+    context: int
+    attended_after: Callable[[int, Tensor, Tensor], Tensor] = field(repr=False)
+    predict: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
+    positional: bool
+    tied: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """The parts of a gradient (or of anything shaped like one) that the attacks read.
+
+    Attributes:
+        values: for each layer, from the first: of the value projection, or of query, key and value
+            in one; shape (outputs, D), so that its rows lie in the span of the layer's inputs.
+        head_VD: of the output head; with tied embeddings the sum of head and embedding.
+        embedding_VD: of the token embedding; with tied embeddings the same tensor as ``head_VD``.
+        resolution: the step to which entries are rounded, 0 for plain floats.
+    """
+
+    values: tuple[Tensor, ...] = field(repr=False)
+    head_VD: Tensor = field(repr=False)
+    embedding_VD: Tensor = field(repr=False)
+    resolution: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class SeenUpdates:
+    """What the adversary of aggregation rounds can put together of every victim's update.
+
+    A victim is a client, or the sum of several where only that is seen.
+
+    Attributes:
+        model: known to everybody in the round.
+        uploads: over the victims; every pass runs the rounds again, with fresh randomness. Each
+            item is int32 or int64 (K, P), wrapping around as the ring does: row 0 is what is held
+            of the victim's encoded update, the rows below what is held of others in the round.
+        step: the real value of one unit.
+        gradient: ``(P,) reals, resolution -> Gradient``: the layout of an update.
+    """
+
+    model: OpenModel
+    uploads: Iterable[Tensor] = field(repr=False)
+    step: float
+    gradient: Callable[[Tensor, float], Gradient] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenUpload:
+    """One trial: a client uploads one of C updates that the adversary itself put forward.
+
+    Its partner uploads a fixed sum less that one, so the published sum tells nothing of the choice.
+
+    Attributes:
+        held_HP: int32 or int64 as the ring: what is held of H encoded uploads. Row 0 is the
+            client's, the others depend on the choice in a known way, or not at all.
+        weight_H: float64; with c the choice, row h encodes ``weight_H[h] · update_CP[c] +
+            known_HP[h]``. Row 0 has weight 1.
+        known_HP: float64; row 0 is zero.
+        update_CP: float64, the updates to choose from.
+        step: the real value of one unit of ``held_HP``.
+    """
+
+    held_HP: Tensor = field(repr=False)
+    weight_H: Tensor = field(repr=False)
+    known_HP: Tensor = field(repr=False)
+    update_CP: Tensor = field(repr=False)
+    step: float
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenUploads:
+    """Trials, one after the other; every pass runs them again, with fresh randomness."""
+
+    trials: Iterable[ChosenUpload] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class SentActivations:
+    """What the server of a split model received from N requests of T tokens each.
+
+    Attributes:
+        rows_NTD: the activations, as they arrived.
+        vocabulary_C: int64, the token ids that a prompt may hold.
+        sent: ``ids_NT -> (N, T, D)``: what an honest client sends for whole prompts, before any
+            noise.
+        sent_after: ``(prefix_Bt, ids_C) -> (B, C, D)``: what an honest client sends for the
+            position after each prefix, before any noise.
+        log_prior: ``prefix_Bt -> (B, C)``: what the model itself expects there, in nats; t may be
+            0, where it is uniform.
+        noise_std: of the Gaussian noise on every number; 0 without.
+    """
+
+    rows_NTD: Tensor = field(repr=False)
+    vocabulary_C: Tensor = field(repr=False)
+    sent: Callable[[Tensor], Tensor] = field(repr=False)
+    sent_after: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
+    log_prior: Callable[[Tensor], Tensor] = field(repr=False)
+    noise_std: float
+
+
+@dataclass(frozen=True, eq=False)
+class PairedPrompts:
+    """Requests of which each was one of two known prompts.
+
+    Attributes:
+        sent: what the server received.
+        pairs_N2T: int64, the two prompts of each request.
+    """
+
+    sent: SentActivations
+    pairs_N2T: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Scores:
     """One number a candidate, higher for "more likely"; shape (N,) or (N, C)."""
 
     attack: str
     values: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """What an attack put together of one victim's text or texts.
+
+    Attributes:
+        texts: token ids in order; a set: which text belongs to whom is not known.
+        tokens: ids that occur somewhere, whether or not their order was found.
+        note: why there is no more, in a few words; empty if there is.
+    """
+
+    texts: tuple[tuple[int, ...], ...] = field(repr=False)
+    tokens: frozenset[int] = field(repr=False)
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """Texts put together by one attack, victim by victim."""
+
+    attack: str
+    victims: tuple[Recovered, ...] = field(repr=False)
+
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class Attack(Generic[Seen]):
+    """An attack by name: the kind of view it needs, and the function that makes something of one.
+
+    ``run`` returns :class:`Scores` or a :class:`Reconstruction`; it never receives the truth.
+    """
+
+    name: str
+    sees: type[Seen]
+    run: Callable[[Seen], Scores | Reconstruction] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -216,12 +406,13 @@ class Finding:
         population: what was attacked.
         metric: what ``estimate`` is, with its unit.
         estimate: with a simultaneous interval.
-        n: independent trials behind it.
-        ceiling: the largest bound that a perfect attack could have shown here.
-        lower_bound: what is contested with the claim, in the claim's unit.
-        controls: the blind baseline and the label permutation.
+        n: trials behind it.
+        controls: figures that this one must be read against.
         status: the verdict.
         reason: why, in one sentence.
+        lower_bound: of ε at the claim's δ; None where no ε is bounded.
+        ceiling: the largest bound that a perfect attack could have shown here.
+        chance: what guessing alone reaches in ``estimate``, where that is known.
         further: other estimates of the same attack, by metric.
     """
 
@@ -230,9 +421,37 @@ class Finding:
     metric: str
     estimate: Estimate
     n: int
-    lower_bound: float
-    ceiling: float
     controls: tuple[Control, ...]
     status: Status
     reason: str
+    lower_bound: float | None = None
+    ceiling: float | None = None
+    chance: float | None = None
     further: dict[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Utility:
+    """What a protected system is still good for.
+
+    Attributes:
+        estimate: lower is better.
+        unit: of the estimate, such as "bits per byte".
+        baseline: the same figure without the protection, or before training; None if there is none.
+    """
+
+    estimate: Estimate
+    unit: str
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time and traffic of the protected path, for one ``unit`` of work.
+
+    ``sent_bytes`` is None where nothing crosses a wire.
+    """
+
+    seconds: float
+    sent_bytes: float | None
+    unit: str

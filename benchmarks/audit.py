@@ -39,18 +39,23 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     rows = [
         {
+            "moment": row["moment"],
             "protection": row["name"],
             "status": row["status"],
-            "train_s": row["seconds"],
-            "bits_per_byte": row["utility"]["value"],
+            "seconds": row["cost"]["seconds"],
+            "sent_bytes": row["cost"]["sent_bytes"],
+            "per": row["cost"]["unit"],
+            "utility": row["utility"]["estimate"]["value"],
+            "utility_unit": row["utility"]["unit"],
         }
         for row in findings["protections"]
     ]
     lines = [
         f"default audit, one run: {seconds:.0f} s, peak memory {peak / 2**20:.0f} MiB",
         *(
-            f"  {row['protection']:24}{row['train_s']:8.1f} s training"
-            f"{row['bits_per_byte']:8.3f} bits per byte   {row['status']}"
+            f"  {row['moment']:12}{row['protection']:24}{row['seconds']:10.4g} s"
+            f"{row['sent_bytes'] or 0:12,.0f} B a {row['per']:18}"
+            f"{row['utility']:10.4g} {row['utility_unit']:26}{row['status']}"
             for row in rows
         ),
         f"wanted under {WANTED_SECONDS} s: {'reached' if seconds < WANTED_SECONDS else 'MISSED'}",

@@ -25,11 +25,15 @@ def blocks(language: str) -> list:
     ]
 
 
-@pytest.mark.parametrize("source", blocks("python"))
-def test_python_runs(source, capsys):
-    exec(compile(source, "documentation", "exec"), {})
-    promised = re.findall(r"print\(.*\)  # (.+)$", source, re.MULTILINE)
-    assert all(line in capsys.readouterr().out.splitlines() for line in promised[:1])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_runs(page, capsys):
+    """The blocks of one page run one after the other, as its reader would run them."""
+    namespace = {"__name__": page.stem}
+    for source in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(source, page.name, "exec"), namespace)
+        promised = re.findall(r"print\(.*\)  # (.+)$", source, re.MULTILINE)
+        printed = capsys.readouterr().out.splitlines()
+        assert all(line in printed for line in promised)
 
 
 @pytest.mark.parametrize("source", blocks("yaml"))

@@ -1,11 +1,10 @@
 """Was this record trained on? Scores from the released model alone."""
 
-from attacks.membership.scores import ATTACKS, MembershipAttack, loss, min_k_plus_plus, reference
+from attacks.membership.scores import MEMBERSHIP, loss, min_k_plus_plus, reference
 from attacks.membership.secrets import guess_secrets, guess_secrets_blind
 
 __all__ = [
-    "ATTACKS",
-    "MembershipAttack",
+    "MEMBERSHIP",
     "guess_secrets",
     "guess_secrets_blind",
     "loss",

@@ -5,13 +5,9 @@ Shape suffixes: N records, S = T - 1 predicted tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from attacks.threat import ReleasedModel, Scores
-
-MembershipAttack = Callable[[ReleasedModel], Scores]
+from attacks.threat import Attack, ReleasedModel, Scores
 
 
 def loss(view: ReleasedModel) -> Scores:
@@ -43,9 +39,8 @@ def reference(view: ReleasedModel) -> Scores:
     return Scores("reference", gained_N)
 
 
-ATTACKS: dict[str, MembershipAttack] = {
-    "loss": loss,
-    "min-k%++": min_k_plus_plus,
-    "reference": reference,
-}
-"""By the names that a suite uses."""
+MEMBERSHIP: tuple[Attack[ReleasedModel], ...] = (
+    Attack("loss", ReleasedModel, loss),
+    Attack("min-k%++", ReleasedModel, min_k_plus_plus),
+    Attack("reference", ReleasedModel, reference),
+)

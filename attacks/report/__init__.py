@@ -4,6 +4,8 @@
 ``report.html``    the same on one page, for people and for paper
 ``records.csv``    scores of single records, under names that only the key's holder can link
 ``records.key``    that key; keep it with the data, apart from the other files
+
+The last two are written where a training was attacked; without one there are no such scores.
 """
 
 from __future__ import annotations
@@ -13,14 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from attacks.report.conversion import findings_of
 from attacks.report.files import File, ReportNotWritten, write_together
-from attacks.report.findings import (
-    Findings,
-    FindingsUnreadable,
-    findings_of,
-    read_findings,
-    to_json,
-)
+from attacks.report.findings import Findings, FindingsUnreadable, read_findings, to_json
 from attacks.report.html import report_html
 from attacks.report.records import (
     NotARecordKey,
@@ -63,7 +60,7 @@ class ReportFiles:
 
     @classmethod
     def within(cls, folder: Path) -> ReportFiles:
-        """Their places in ``folder``."""
+        """Their places in ``folder``, whether or not they are there."""
         names = ("findings.json", "report.html", "records.csv", "records.key")
         return cls(*(folder / name for name in names))
 
@@ -88,16 +85,19 @@ def write_report(
     findings = findings_of(result)
     encoded = to_json(findings)
     places = ReportFiles.within(out)
-    key = secret_key("names of records")
-    files = (
-        File(places.findings.name, encoded),
-        File(places.html.name, report_html(findings)),
-        File(places.records.name, records_csv(result, key), OWNER_ONLY),
-        File(places.key.name, key_file(key), OWNER_ONLY),
-    )
+    files = [File(places.findings.name, encoded), File(places.html.name, report_html(findings))]
+    gone: list[str] = []
+    if result.record_ids:
+        key = secret_key("names of records")
+        files += [
+            File(places.records.name, records_csv(result, key), OWNER_ONLY),
+            File(places.key.name, key_file(key), OWNER_ONLY),
+        ]
+    else:
+        gone = [places.records.name, places.key.name]
     failure: ReportNotWritten | None = None
     try:
-        write_together(out, files)
+        write_together(out, files, gone)
     except ReportNotWritten as error:
         failure = error
     if as_json:
@@ -107,15 +107,14 @@ def write_report(
     if failure is not None:
         raise failure
     if not as_json:
-        print_places(
-            (
-                (str(places.html), "this audit on one page"),
-                (str(places.findings), "the same for machines"),
-                (str(places.records), "scores of single records; for their owner alone"),
-                (str(places.key), "links names in records.csv to record ids; keep it apart"),
-            ),
-            console,
-        )
+        said = {
+            places.html: "this audit on one page",
+            places.findings: "the same for machines",
+            places.records: "scores of single records; for their owner alone",
+            places.key: "links names in records.csv to record ids; keep it apart",
+        }
+        written = {file.name for file in files}
+        print_places([(str(p), what) for p, what in said.items() if p.name in written], console)
     return places
 
 

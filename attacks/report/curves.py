@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from attacks.report import wording
+from attacks.report import figures, wording
 from attacks.report.findings import CurveRecord, FindingRecord, Findings, ProtectionRecord
 from attacks.statistics import epsilon_delta_roc_ceiling
 from attacks.threat import Population
@@ -125,7 +125,7 @@ def epsilon_scale(findings: Findings) -> float:
         finding.ceiling
         for protection in findings.protections
         for finding in protection.findings
-        if finding.population != "secrets" and finding.ceiling is not None
+        if finding.bounds_epsilon and finding.ceiling is not None
     ]
     most = max(ceilings, default=1.0)
     claims = [p.claim.epsilon for p in findings.protections if p.claim.epsilon is not None]
@@ -191,13 +191,13 @@ def _panel(findings: Findings, population: Population) -> Panel:
         ),
         lines=lines,
         chance=axes.path([(max(smallest_x, smallest_y), max(smallest_x, smallest_y)), (1.0, 1.0)]),
-        x_ticks=tuple(Tick(axes.x(r), wording.rate_name(r)) for r in _ticks(smallest_x)),
-        y_ticks=tuple(Tick(axes.y(r), wording.rate_name(r)) for r in _ticks(smallest_y)),
+        x_ticks=tuple(Tick(axes.x(r), figures.rate_name(r)) for r in _ticks(smallest_x)),
+        y_ticks=tuple(Tick(axes.y(r), figures.rate_name(r)) for r in _ticks(smallest_y)),
     )
 
 
 def _caption(finding: FindingRecord) -> str:
-    return f"{finding.attack}, AUC {wording.estimate(finding.auc)}"
+    return f"{finding.attack}, AUC {figures.estimate(finding.auc)}"
 
 
 def _ceiling(protection: ProtectionRecord, axes: LogAxes, smallest: float) -> str:

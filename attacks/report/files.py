@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +26,10 @@ class File:
     mode: int = 0o644
 
 
-def write_together(folder: Path, files: Sequence[File]) -> None:
+def write_together(folder: Path, files: Sequence[File], gone: Sequence[str] = ()) -> None:
     """Write ``files`` into ``folder``, all of them or none; the folder is made if missing.
+
+    Files named in ``gone`` belong to an older set and do not outlive it.
 
     Every file is written beside its place and synced before the first takes its place. If any
     step fails, what stood there before stands there again. A machine that stops between two
@@ -48,20 +50,19 @@ def write_together(folder: Path, files: Sequence[File]) -> None:
                 raise IsADirectoryError(None, "a folder stands in its place")
             new[path] = _beside(path)
             _write_synced(new[path], file)
-        for path in new:
+        for path in (*new, *(folder / name for name in gone)):
             if path.exists():
                 old[path] = _beside(path)
                 _keep(path, old[path])
         for path, written in new.items():
             written.replace(path)
             placed.append(path)
+        for path in old.keys() - new.keys():
+            path.unlink()
+            placed.append(path)
         _sync_folder(folder)
     except BaseException as error:
-        for done in placed:
-            if done in old:
-                old[done].replace(done)
-            else:
-                done.unlink(missing_ok=True)
+        _put_back(placed, old)
         if not isinstance(error, OSError):
             raise
         raise ReportNotWritten(
@@ -72,6 +73,14 @@ def write_together(folder: Path, files: Sequence[File]) -> None:
         for left in (*new.values(), *old.values()):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
+
+
+def _put_back(placed: Sequence[Path], old: Mapping[Path, Path]) -> None:
+    for path in placed:
+        if path in old:
+            old[path].replace(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

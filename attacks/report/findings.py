@@ -3,28 +3,22 @@
 The tables and the page are drawn from :class:`Findings` alone, so neither can show what the file
 does not hold.
 
-Schema version 1: one JSON object whose keys and types are the fields below, in that order. A
-number that has no finite value, such as the upper end of a one-sided interval, is ``null``. Keys
-may be added within a version; readers skip those that they do not know.
+Schema version 2: one JSON object whose keys and types are the fields below, in that order. A
+number that has no finite value, such as the upper end of a one-sided interval, or that does not
+apply, such as a bound on ε where shares are measured, is ``null``. Keys may be added within a
+version; readers skip those that they do not know.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from attacks.scoring import Curve
-from attacks.statistics import Estimate
-from attacks.suite import SCHEMA_VERSION, ProtectionResult, SuiteResult
-from attacks.threat import Control, Finding, Population, Status
-
-CURVE_DIGITS = 6
-"""Significant digits of points on curves; every other number is written in full."""
+from attacks.suite import SCHEMA_VERSION
+from attacks.threat import Moment, Population, Status
 
 
 class FindingsUnreadable(ValueError):
@@ -72,10 +66,16 @@ class FindingRecord(_Struct, frozen=True, kw_only=True):
     n: int
     lower_bound: float | None
     ceiling: float | None
+    chance: float | None
     controls: tuple[ControlRecord, ...]
     status: Status
     reason: str
     further: dict[str, EstimateRecord]
+
+    @property
+    def bounds_epsilon(self) -> bool:
+        """Whether ``estimate`` is a bound on ε; else it is a share."""
+        return self.metric.startswith("lower bound on ε")
 
     @property
     def auc(self) -> EstimateRecord | None:
@@ -112,35 +112,62 @@ class CurveRecord(_Struct, frozen=True, kw_only=True):
 
 
 class ClaimRecord(_Struct, frozen=True, kw_only=True):
-    """What the protection promises; ``epsilon`` is null where no ε is promised."""
+    """What the protection promises; see :class:`attacks.threat.Claim`."""
 
     adversary: str
     assumption: str
     guarantee: str
+    short: str
     epsilon: float | None
     delta: float | None
+    nothing_leaks: bool
+
+    @property
+    def promises(self) -> bool:
+        """Whether anything is promised that a measurement could contradict."""
+        return self.epsilon is not None or self.nothing_leaks
+
+
+class UtilityRecord(_Struct, frozen=True, kw_only=True):
+    """What is still good; lower is better. ``baseline`` is null where there is none."""
+
+    estimate: EstimateRecord
+    unit: str
+    baseline: float | None
+
+
+class CostRecord(_Struct, frozen=True, kw_only=True):
+    """Of one ``unit`` of work; ``sent_bytes`` is null where nothing crosses a wire."""
+
+    seconds: float
+    sent_bytes: float | None
+    unit: str
 
 
 class ProtectionRecord(_Struct, frozen=True, kw_only=True):
-    """One row of the table. ``utility_change`` is this utility less the public base model's."""
+    """One row of the table."""
 
+    moment: Moment
     name: str
     claim: ClaimRecord
     status: Status
     exceeds_claim: bool
-    utility: EstimateRecord
-    utility_change: float | None
-    seconds: float
+    utility: UtilityRecord
+    cost: CostRecord
     details: dict[str, Any]
     findings: tuple[FindingRecord, ...]
     curves: tuple[CurveRecord, ...]
 
     def strongest(self, population: Population | None = None) -> FindingRecord | None:
-        """The membership finding with the largest bound on ε; among equals, the largest AUC."""
+        """The finding that shows most: the largest bound on ε, or the largest share.
+
+        Among equals, the largest AUC. If no population is named, only findings that bound ε are
+        compared.
+        """
         found = [
             finding
             for finding in self.findings
-            if finding.population != "secrets" and population in (None, finding.population)
+            if (finding.bounds_epsilon if population is None else finding.population == population)
         ]
         return max(found, key=_strength, default=None)
 
@@ -159,7 +186,8 @@ class Findings(_Struct, frozen=True, kw_only=True):
     """An audit's result.
 
     ``confidence`` holds for all lower bounds of one protection together; ``fpr`` is the false
-    positive rate that was declared; ``utility_unit`` says what utility is measured in.
+    positive rate that was declared; ``base_utility`` is that of the public base model. Protections
+    stand in the order of their moments.
     """
 
     schema_version: int
@@ -170,8 +198,7 @@ class Findings(_Struct, frozen=True, kw_only=True):
     fpr: float
     seed: int
     counts: dict[str, int]
-    utility_unit: str
-    base_utility: EstimateRecord
+    base_utility: UtilityRecord
     protections: tuple[ProtectionRecord, ...]
     config: dict[str, Any]
     versions: dict[str, str]
@@ -182,30 +209,14 @@ class Findings(_Struct, frozen=True, kw_only=True):
         seen = {c.population: None for p in self.protections for c in p.curves}
         return tuple(seen)
 
+    def moments(self) -> tuple[tuple[Moment, tuple[ProtectionRecord, ...]], ...]:
+        """The protections of each moment, in the order of :class:`Moment`; none is empty."""
+        grouped = ((m, tuple(p for p in self.protections if p.moment is m)) for m in Moment)
+        return tuple((moment, protections) for moment, protections in grouped if protections)
+
 
 class _Version(msgspec.Struct):
     schema_version: int
-
-
-def findings_of(result: SuiteResult) -> Findings:
-    """Everything in ``result`` that does not speak of a single record."""
-    config = result.config
-    return Findings(
-        schema_version=SCHEMA_VERSION,
-        started=str(result.provenance["started"]),
-        seconds=float(result.provenance["seconds"]),
-        exceeds_claim=result.exceeds_claim,
-        confidence=config.measurement.confidence,
-        fpr=config.measurement.fpr,
-        seed=config.seed,
-        counts={name: int(count) for name, count in result.counts.items()},
-        utility_unit="bits per byte",
-        base_utility=_estimate(result.base_utility),
-        protections=tuple(_protection(p, result.base_utility.value) for p in result.results),
-        config=_builtin(msgspec.to_builtins(config)),
-        versions={name: str(v) for name, v in result.provenance["versions"].items()},
-        hardware=_builtin(result.provenance["hardware"]),
-    )
 
 
 def to_json(findings: Findings) -> bytes:
@@ -238,105 +249,8 @@ def read_findings(path: Path) -> Findings:
 
 def _strength(finding: FindingRecord) -> tuple[float, float]:
     area = finding.auc
-    bound = math.inf if finding.lower_bound is None else finding.lower_bound
-    return bound, -1.0 if area is None or area.value is None else area.value
-
-
-def _protection(result: ProtectionResult, base: float) -> ProtectionRecord:
-    claim = result.claim
-    return ProtectionRecord(
-        name=result.name,
-        claim=ClaimRecord(
-            adversary=claim.adversary,
-            assumption=claim.assumption,
-            guarantee=claim.guarantee,
-            epsilon=None if claim.epsilon is None else _finite(claim.epsilon),
-            delta=None if claim.delta is None else _finite(claim.delta),
-        ),
-        status=result.status,
-        exceeds_claim=result.exceeds_claim,
-        utility=_estimate(result.utility),
-        utility_change=_finite(result.utility.value - base),
-        seconds=float(result.seconds),
-        details=_builtin(result.details),
-        findings=tuple(_finding(finding) for finding in result.findings),
-        curves=tuple(_curve(curve) for curve in result.curves),
+    shown = finding.lower_bound if finding.bounds_epsilon else finding.estimate.value
+    return (
+        math.inf if shown is None else shown,
+        -1.0 if area is None or area.value is None else area.value,
     )
-
-
-def _finding(finding: Finding) -> FindingRecord:
-    return FindingRecord(
-        attack=finding.attack,
-        population=finding.population,
-        metric=finding.metric,
-        estimate=_estimate(finding.estimate),
-        n=int(finding.n),
-        lower_bound=_finite(finding.lower_bound),
-        ceiling=_finite(finding.ceiling),
-        controls=tuple(_control(control) for control in finding.controls),
-        status=finding.status,
-        reason=finding.reason,
-        further={name: _estimate(estimate) for name, estimate in finding.further.items()},
-    )
-
-
-def _control(control: Control) -> ControlRecord:
-    return ControlRecord(
-        name=control.name,
-        value=_finite(control.value),
-        low=_finite(control.low),
-        high=_finite(control.high),
-        p_value=None if control.p_value is None else _finite(control.p_value),
-    )
-
-
-def _estimate(estimate: Estimate) -> EstimateRecord:
-    interval = estimate.interval
-    return EstimateRecord(
-        value=_finite(estimate.value),
-        interval=IntervalRecord(
-            low=_finite(interval.low),
-            high=_finite(interval.high),
-            confidence=float(interval.confidence),
-        ),
-        n=int(estimate.n),
-        method=estimate.method,
-    )
-
-
-def _curve(curve: Curve) -> CurveRecord:
-    band = curve.band
-    fpr, tpr, low, high = (
-        tuple(float(f"{x:.{CURVE_DIGITS}g}") for x in column)
-        for column in (band.fpr, band.tpr, band.low, band.high)
-    )
-    return CurveRecord(
-        attack=curve.attack,
-        population=curve.population,
-        kind=band.kind,
-        confidence=band.confidence,
-        method=band.method,
-        fpr=fpr,
-        tpr=tpr,
-        low=low,
-        high=high,
-    )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _builtin(value: Any) -> Any:
-    """The same in dict, list, str, bool, int, float and None alone."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _builtin(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_builtin(item) for item in value]
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return _finite(float(value))
-    return str(value)

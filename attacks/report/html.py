@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from attacks.report import curves, wording
+from attacks.report import curves, figures, leakage, wording
 from attacks.report.findings import EstimateRecord, FindingRecord, Findings, ProtectionRecord
+from attacks.report.reading import reading
+from attacks.scoring import secrecy
+from attacks.threat import Moment, Population
 
 TEMPLATE = "report.html.j2"
 
@@ -18,27 +23,55 @@ TEMPLATE = "report.html.j2"
 def report_html(findings: Findings) -> bytes:
     """Render the page; every value is escaped."""
     environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        at_least=wording.at_least,
-        change=wording.change,
-        better=wording.better,
-        duration=wording.duration,
-        estimate=wording.estimate,
-        share=wording.share,
-        number=wording.number,
-        rate_name=wording.rate_name,
+        at_least=figures.at_least,
+        duration=figures.duration,
+        estimate=figures.estimate,
+        number=figures.number,
+        percent=figures.percent,
+        rate_name=figures.rate_name,
+        sentence=_sentence,
+        share=figures.share,
+        traffic=figures.traffic,
     )
-    text = resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8")
-    page = environment.from_string(text).render(_context(findings))
+    environment.globals.update(_said(), **_bars(findings))
+    page = environment.get_template(TEMPLATE).render(_context(findings))
     return page.encode("utf-8")
 
 
-def _context(findings: Findings) -> dict[str, Any]:
+def _source(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def _said() -> dict[str, Any]:
+    """The words that the page shares with the terminal."""
+    return {
+        "all_reasons": wording.all_reasons,
+        "amount": figures.amount,
+        "baseline": wording.baseline,
+        "change": figures.change,
+        "danger": wording.danger,
+        "interval": figures.interval,
+        "main_head": _main_head,
+        "measures": wording.measures,
+        "per": wording.per,
+        "population_title": wording.population_title,
+        "populations": leakage.populations,
+        "reasons": wording.reasons,
+        "short_claim": wording.short_claim,
+        "verdict": wording.verdict,
+        "yardsticks": wording.yardsticks,
+    }
+
+
+def _bars(findings: Findings) -> dict[str, Any]:
+    """Bars on scales that all protections share."""
     scale = curves.epsilon_scale(findings)
     areas = [
         area.interval.low
@@ -60,25 +93,44 @@ def _context(findings: Findings) -> dict[str, Any]:
             ends.low, estimate.value, ends.high, start=0.0, end=1.0, chance=chance
         )
 
+    return {"epsilon_bar": epsilon_bar, "auc_bar": auc_bar, "share_bar": share_bar}
+
+
+def _context(findings: Findings) -> dict[str, Any]:
+    numbers = itertools.count(1)
+    attacked = leakage.populations(findings.protections)
     return {
         "findings": findings,
         "headline": wording.headline(findings),
         "started": _date(findings.started),
         "counted": wording.counted(findings),
+        "moments": [
+            (moment, [(next(numbers), protection) for protection in protections])
+            for moment, protections in findings.moments()
+        ],
         "panels": curves.panels(findings),
-        "reading": wording.reading(findings),
+        "reading": reading(findings),
         "warnings": wording.warnings(findings),
-        "verdict": wording.verdict,
-        "short_claim": wording.short_claim,
-        "interval": wording.interval,
-        "reasons": wording.reasons,
-        "main_reason": wording.main_reason,
-        "population_title": wording.population_title,
-        "epsilon_bar": epsilon_bar,
-        "auc_bar": auc_bar,
-        "share_bar": share_bar,
+        "trains": any(p.moment is Moment.TRAINING for p in findings.protections),
+        "recovers": not {"texts", "uploads", "prompts"}.isdisjoint(attacked),
+        "tells_apart": "requests" in attacked,
+        "rule": secrecy,
+        "promises_nothing_leaks": any(p.claim.nothing_leaks for p in findings.protections),
         "config": json.dumps(findings.config, indent=2, ensure_ascii=False, allow_nan=False),
     }
+
+
+def _main_head(moment: Moment, attacked: Sequence[Population]) -> list[str]:
+    measured = (
+        ["lower bound on ε", "membership of text records", "secrets ranked first"]
+        if moment is Moment.TRAINING
+        else [wording.population_title(population).lower() for population in attacked]
+    )
+    return ["protection", "claim", *measured, "verdict", "utility", "time, bytes"]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _date(started: str) -> str:

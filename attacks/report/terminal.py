@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 
 from rich import box
 from rich.console import Console, JustifyMethod, RenderableType
@@ -10,12 +11,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from attacks.report import wording
+from attacks.report import figures, leakage, wording
 from attacks.report.findings import FindingRecord, Findings, ProtectionRecord
-from attacks.threat import Status
+from attacks.report.reading import reading
+from attacks.threat import Moment, Status
 
 WIDE = 120
 """Columns from which the measures stand side by side."""
+
+CLAIM_WIDTH, PRICE_WIDTH, WIDE_CELL = 10, 12, 20
+"""Columns for a claim, for utility and cost, and for leakage in one of several cells."""
+
+ROOMY = 96
+"""Columns from which a share and its interval fit on one line."""
 
 NARROW = 78
 """Columns below which numbers may break across lines; none is cut off."""
@@ -30,29 +38,34 @@ _COLOURS = {
 _ASCII = str.maketrans(
     {
         "ε": "eps", "δ": "delta", "≥": ">=", "≤": "<=", "∞": "inf", "−": "-", "–": "-", "·": ",",
-        "✗": "x", "✓": "+", "○": "o", "“": '"', "”": '"', "×": "x", "→": "->",
+        "✗": "x", "✓": "+", "○": "o", "“": '"', "”": '"', "×": "x", "→": "->", "µ": "u",
     }
 )  # fmt: skip
 
 Say = Callable[[str], str]
+Protections = tuple[ProtectionRecord, ...]
 
 
 def print_findings(findings: Findings, console: Console) -> None:
     """Print what was audited, the table, all attacks with controls, and how to read them."""
-    say = _speaker(console)
+    say, width = _speaker(console), console.width
+    moments = findings.moments()
     _print(console, Text(say(wording.headline(findings)), style="bold"))
     _print(console, "", Text(say(_audited(findings))), "")
-    _print(console, _main_table(findings, say, width=console.width), "")
+    _print(console, _main_table(findings, say, width=width), "")
     _print(console, *(Padding(Text(say(line)), (0, 0, 0, 2)) for line in _why(findings)))
     _heading(console, say, "Every attack, with its controls")
-    _print(console, "", _attack_table(findings, say, width=console.width))
-    if any(protection.secrets for protection in findings.protections):
-        _heading(console, say, "Planted secrets")
-        _print(console, "", _secret_table(findings, say, width=console.width))
+    for moment, protections in moments:
+        _print(console, "", Text(say(f"{moment.upper()}: {wording.danger(moment)}")), "")
+        table = _membership_table if moment is Moment.TRAINING else _recovery_table
+        _print(console, table(findings, protections, say, width=width))
+        if any(protection.secrets for protection in protections):
+            _heading(console, say, "Planted secrets")
+            _print(console, "", _secret_table(protections, say, width=width))
     _heading(console, say, "How to read this")
-    _print(console, *_definitions(wording.reading(findings), say))
+    _print(console, *_definitions(reading(findings), say))
     _heading(console, say, "What is claimed")
-    claims = [(p.name, wording.full_claim(p.claim)) for p in findings.protections]
+    claims = [(p.name, wording.full_claim(p.claim)) for _, ps in moments for p in ps]
     _print(console, *_definitions(claims, say))
 
 
@@ -87,76 +100,89 @@ def _speaker(console: Console) -> Say:
 
 
 def _audited(findings: Findings) -> str:
-    base = f"public base model {wording.estimate(findings.base_utility)} {findings.utility_unit}"
-    return "Audited: " + " · ".join([*wording.counted(findings), base])
+    base = findings.base_utility
+    said = f"public base model {figures.estimate(base.estimate)} {base.unit}"
+    return "Audited: " + " · ".join([*wording.counted(findings), said])
 
 
 def _main_table(findings: Findings, say: Say, *, width: int) -> Table:
-    table = _table()
-    tpr = f"TPR at {wording.rate_name(findings.fpr)} FPR"
-    measures = (
-        ("lower bound\non ε", f"on text:\n{tpr}, AUC", "secrets\nranked first")
-        if width >= WIDE
-        else (f"measured leakage\n({tpr})",)
-    )
+    wide, table = width >= WIDE, _table()
+    moments = [(m, ps, leakage.populations(ps)) for m, ps in findings.moments()]
+    headings = {m: leakage.headings(m, attacked, findings.fpr) for m, _, attacked in moments}
+    count = max(map(len, headings.values())) if wide else 1
     table.add_column("protection", overflow="fold")
-    table.add_column("claim", overflow="fold", width=10)
-    for heading in (*measures, "verdict", "bits/byte,\ntraining"):
+    table.add_column("claim", overflow="fold", width=CLAIM_WIDTH)
+    for heading in ("measured leakage", *[""] * (count - 1), "verdict", "utility,\ntime, bytes"):
         table.add_column(say(heading), overflow="fold", no_wrap=width >= NARROW)
-    for protection in findings.protections:
-        bounds, text, secrets = _leakage(protection)
-        if width >= WIDE:
-            leakage = [bounds, text, secrets]
-        else:
-            stacked = [" ".join(bounds[:2]), *bounds[2:], *text]
-            leakage = [[*stacked, *(f"secrets {line}" for line in secrets)]]
-        cells = [protection.name, wording.short_claim(protection.claim), *map("\n".join, leakage)]
-        table.add_row(
-            *(Text(say(cell)) for cell in cells),
-            _verdict(protection, say),
-            Text(say("\n".join(_price(protection)))),
-        )
-        table.add_section()
+    for moment, protections, attacked in moments:
+        above = headings[moment] if wide else [leakage.heading(moment, findings.fpr)]
+        above += [""] * (count - len(above))
+        units = _units(protections)
+        _add_row(table, say, moment.upper(), "", *above, "", "\n".join(units))
+        for protection in protections:
+            cells = (
+                leakage.columns(protection, attacked, WIDE_CELL)
+                if wide
+                else [leakage.stacked(protection, attacked, 24 if width < ROOMY else 30)]
+            )
+            cells += [[]] * (count - len(cells))
+            _add_row(
+                table,
+                say,
+                protection.name,
+                wording.short_claim(protection.claim),
+                *map("\n".join, cells),
+                _verdict(protection, say),
+                "\n".join(_price(protection, with_units=not units)),
+            )
+            table.add_section()
     return table
 
 
-def _leakage(protection: ProtectionRecord) -> tuple[list[str], list[str], list[str]]:
-    """Lines on ε, on text, and on secrets."""
-    strongest, on_text = protection.strongest(), protection.strongest("text")
-    secrets = protection.secrets
-    return (
-        [
-            f"ε ≥ {wording.at_least(strongest.lower_bound)}",
-            f"(ceiling {wording.at_least(strongest.ceiling)})",
-            f"{strongest.attack}, {strongest.population}",
-        ]
-        if strongest
-        else [wording.NONE],
-        [f"TPR {wording.share(on_text.tpr)}", f"AUC {wording.estimate(on_text.auc)}"]
-        if on_text
-        else [],
-        [wording.share(secrets.estimate)] if secrets else [],
-    )
+def _add_row(table: Table, say: Say, *cells: str | Text) -> None:
+    table.add_row(*(cell if isinstance(cell, Text) else Text(say(cell)) for cell in cells))
 
 
-def _price(protection: ProtectionRecord) -> list[str]:
-    """Lines on utility and time, 14 columns at most for usual values."""
-    ends, change = protection.utility.interval, protection.utility_change
+def _units(protections: Protections) -> list[str]:
+    """Lines on the units of utility and cost that all these protections share; none if not."""
+    said = {(p.utility.unit, p.cost.unit): _unit_lines(p) for p in protections}
+    return next(iter(said.values())) if len(said) == 1 else []
+
+
+def _unit_lines(protection: ProtectionRecord) -> list[str]:
+    unit = wording.short_unit(protection.utility.unit)
+    return [*_wrapped(f"{unit},"), *_wrapped(wording.per(protection.cost))]
+
+
+def _price(protection: ProtectionRecord, *, with_units: bool) -> list[str]:
+    """Lines on utility and cost, 12 columns at most for usual values."""
+    utility, cost = protection.utility, protection.cost
+    value, interval = figures.amount(utility.estimate)
+    spent = [figures.duration(cost.seconds), figures.traffic(cost.sent_bytes)]
+    together = ", ".join(spent)
     return [
-        wording.number(protection.utility.value),
-        wording.interval(ends.low, ends.high),
-        f"{wording.change(change)} {wording.better(change)}",
-        wording.duration(protection.seconds),
+        *(_unit_lines(protection) if with_units else []),
+        value,
+        *([interval] if interval else []),
+        *([figures.change(utility)] if utility.baseline is not None else []),
+        *([together] if len(together) <= PRICE_WIDTH else [f"{spent[0]},", spent[1]]),
     ]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, PRICE_WIDTH, break_on_hyphens=False)
 
 
 def _verdict(protection: ProtectionRecord, say: Say) -> Text:
     """In lines of eleven columns at most."""
     said = wording.verdict(protection.status, protection.claim)
-    word = said.word.replace(" claim", "\nclaim").replace("not ", "not\n")
+    word = said.word.replace(" claim", "\nclaim").replace("not ", "not\n").replace("no ", "no\n")
     text = Text(say(f"{said.sign} {word}"), style=_COLOURS[protection.status])
     if said.note:
-        text.append(say("\n" + said.note.replace(" ", "\n", 1)), style="default not bold")
+        text.append(
+            say("\n" + said.note.replace(" was", "\nwas").replace("than ", "than\n")),
+            style="default not bold",
+        )
     return text
 
 
@@ -169,18 +195,20 @@ def _why(findings: Findings) -> list[str]:
     return said + [f"! {warning}" for warning in wording.warnings(findings)]
 
 
-def _attack_table(findings: Findings, say: Say, *, width: int) -> Table:
+def _membership_table(
+    findings: Findings, protections: Protections, say: Say, *, width: int
+) -> Table:
     wide = width >= WIDE
     table = _table(gap=2 if wide else 1)
     no_wrap = width >= NARROW
     table.add_column(say("attack, population"), overflow="fold", no_wrap=no_wrap)
     headings = ["ε ≥", "ceiling", "AUC", "blind AUC", "p"]
     if wide:
-        headings += [f"TPR at {wording.rate_name(findings.fpr)} FPR", "verdict"]
+        headings += [f"TPR at {figures.rate_name(findings.fpr)} FPR", "verdict"]
     for heading in headings:
         justify: JustifyMethod = "left" if heading == "verdict" else "right"
         table.add_column(say(heading), justify=justify, overflow="fold", no_wrap=no_wrap)
-    for protection in findings.protections:
+    for protection in protections:
         table.add_section()
         table.add_row(Text(say(protection.name), style="bold"))
         for finding in protection.findings:
@@ -197,30 +225,61 @@ def _attack_row(
     first = Text(say(f"{said.sign} "), style=_COLOURS[finding.status])
     first.append(say(f"{finding.attack}, {finding.population}"), style="default not bold")
     cells = [
-        wording.at_least(finding.lower_bound),
-        wording.at_least(finding.ceiling),
-        wording.estimate(finding.auc),
-        wording.NONE
+        figures.at_least(finding.lower_bound),
+        figures.at_least(finding.ceiling),
+        figures.estimate(finding.auc),
+        figures.NONE
         if blind is None
-        else f"{wording.number(blind.value)} {wording.interval(blind.low, blind.high)}",
-        wording.number(None if shuffled is None else shuffled.p_value, 3),
+        else f"{figures.number(blind.value)} {figures.interval(blind.low, blind.high)}",
+        figures.number(None if shuffled is None else shuffled.p_value, 3),
     ]
     row = [first, *(Text(say(cell)) for cell in cells)]
     if wide:
         row += [
-            Text(say(wording.share(finding.tpr))),
+            Text(say(figures.share(finding.tpr))),
             Text(say(said.word), style=_COLOURS[finding.status]),
         ]
     return row
 
 
-def _secret_table(findings: Findings, say: Say, *, width: int) -> Table:
+def _recovery_table(_: Findings, protections: Protections, say: Say, *, width: int) -> Table:
+    """Attack by attack: what it shows, and below it what that must be read against."""
+    table, no_wrap = _table(), width >= NARROW
+    for heading in ("attack, population", "measured", "n"):
+        justify: JustifyMethod = "left" if heading.startswith("attack") else "right"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=no_wrap)
+    for protection in protections:
+        table.add_section()
+        _add_row(table, say, Text(say(protection.name), style="bold"))
+        for finding in protection.findings:
+            said = wording.verdict(finding.status, protection.claim)
+            first = Text(say(f"{said.sign} "), style=_COLOURS[finding.status])
+            first.append(say(f"{finding.attack}, {finding.population}"), style="default not bold")
+            table.add_row(
+                first, Text(say(said.word), style=_COLOURS[finding.status]), f"{finding.n:,}"
+            )
+            for name, figure in _figures(finding):
+                _add_row(table, say, textwrap.indent(textwrap.fill(name, 44), "    "), figure)
+    return table
+
+
+def _figures(finding: FindingRecord) -> Iterator[tuple[str, str]]:
+    if finding.bounds_epsilon:
+        ceiling = figures.at_least(finding.ceiling)
+        yield finding.metric, f"ε ≥ {figures.at_least(finding.lower_bound)} (ceiling {ceiling})"
+    for measure in wording.measures(finding):
+        yield measure.name, measure.said
+    for name, figure in wording.yardsticks(finding):
+        yield f"against: {name}", figure
+
+
+def _secret_table(protections: Protections, say: Say, *, width: int) -> Table:
     table = _table()
     table.add_column("protection", overflow="fold")
     for heading in ("ranked first", "exposure, bits", "not planted,\nbits", "public model,\nbits"):
         no_wrap = width >= NARROW
         table.add_column(say(heading), justify="right", overflow="fold", no_wrap=no_wrap)
-    for protection in findings.protections:
+    for protection in protections:
         finding = protection.secrets
         if finding is None:
             continue
@@ -231,9 +290,9 @@ def _secret_table(findings: Findings, say: Say, *, width: int) -> Table:
         first.append(say(protection.name), style="default not bold")
         table.add_row(
             first,
-            Text(say(wording.share(finding.estimate))),
-            Text(say(wording.estimate(finding.exposure, 1))),
-            *(Text(wording.number(None if c is None else c.value, 1)) for c in (absent, public)),
+            Text(say(figures.share(finding.estimate))),
+            Text(say(figures.estimate(finding.exposure, 1))),
+            *(Text(figures.number(None if c is None else c.value, 1)) for c in (absent, public)),
         )
     return table
 

@@ -1,25 +1,58 @@
-"""How numbers and verdicts are said, in the terminal and on the page alike.
-
-Rounding never flatters: a lower bound is rounded down, an interval outwards.
-"""
+"""How claims, verdicts and measures are said, in the terminal and on the page alike."""
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+from attacks.report import figures
 from attacks.report.findings import (
     ClaimRecord,
+    CostRecord,
     EstimateRecord,
     FindingRecord,
     Findings,
     ProtectionRecord,
 )
-from attacks.threat import Population, Status, promised
+from attacks.threat import Moment, Population, Status, promised
 
-NONE = "–"
-_SLACK = 1e-9  # 4.74 stored as 4.7399999999 is still 4.74
+_UNITS = {"bits per byte": "bits/byte"}
+_MEASURES = {
+    "tokens recovered in order": "in order",
+    "tokens recovered as a set": "as a set",
+    "texts recovered exactly": "exactly",
+    "uploads matched": "matched",
+    "TPR at": "TPR",
+}
+_TITLES: dict[Population, str] = {
+    "text": "Text records",
+    "canaries": "Canaries",
+    "secrets": "Secrets",
+    "texts": "Texts of clients",
+    "uploads": "Uploads matched",
+    "prompts": "Prompts",
+    "requests": "Requests told apart",
+}
+_DANGERS = {
+    Moment.TRAINING: "what the released model tells of the records it was trained on",
+    Moment.AGGREGATION: "what the other parties of a round learn of one client's update",
+    Moment.INFERENCE: "what the server learns of the prompts it helps to answer",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a finding: its name in full and in short, and what is said of it.
+
+    ``reference`` is what chance alone reaches in it.
+    """
+
+    name: str
+    short: str
+    said: str
+    is_share: bool
+    reference: float | None
+    estimate: EstimateRecord = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -32,6 +65,7 @@ class Verdict:
     key: str
 
 
+_TESTED = (Status.LEAK, Status.WITHIN_CLAIM, Status.NO_EVIDENCE)
 _SIGNS = {
     Status.LEAK: "✗",
     Status.WITHIN_CLAIM: "✓",
@@ -45,20 +79,20 @@ def verdict(status: Status, claim: ClaimRecord) -> Verdict:
     """What is said of ``status`` beside ``claim``."""
     note = ""
     if status is Status.LEAK:
-        note = "nothing was claimed" if claim.epsilon is None else "more than claimed"
+        note = "more than claimed" if claim.promises else "nothing was claimed"
     return Verdict(_SIGNS[status], status.value, note, status.name.lower().replace("_", "-"))
 
 
 def headline(findings: Findings) -> str:
     """The whole audit in a sentence or two."""
     beyond = [p.name for p in findings.protections if p.exceeds_claim]
-    claimed = [p for p in findings.protections if p.claim.epsilon is not None]
-    tested = [p for p in claimed if p.status in (Status.LEAK, Status.WITHIN_CLAIM)]
+    claimed = [p for p in findings.protections if p.claim.promises]
+    tested = [p for p in claimed if p.status in _TESTED]
     untested = len(claimed) - len(tested)
     if beyond:
         return f"More leaks than is claimed: {', '.join(beyond)}."
     if not claimed:
-        return "No protection claims a bound, so no claim was tested."
+        return "No protection claims anything, so no claim was tested."
     if not tested:
         return "No claim could be tested by this audit; nothing is shown either way."
     held = f"{_count(len(tested), 'claim was', 'claims were')} tested and not contradicted."
@@ -84,7 +118,7 @@ def counted(findings: Findings) -> list[str]:
 def short_claim(claim: ClaimRecord) -> str:
     """A claim in a narrow column."""
     if claim.epsilon is None:
-        return claim.guarantee
+        return claim.short or claim.guarantee.split(",")[0]
     return f"ε = {promised(claim.epsilon)}" + (
         "" if claim.delta is None else f"\nδ = {claim.delta:g}"
     )
@@ -92,18 +126,59 @@ def short_claim(claim: ClaimRecord) -> str:
 
 def full_claim(claim: ClaimRecord) -> str:
     """A claim in sentences."""
-    if claim.epsilon is None:
+    if not claim.promises:
         return f"{claim.guarantee}; the adversary is {claim.adversary}."
     return f"{claim.guarantee}, against {claim.adversary}. Assumed: {claim.assumption}."
 
 
+def measures(finding: FindingRecord) -> tuple[Measure, ...]:
+    """The figures of a finding beside its bound on ε: shares, and the AUC."""
+    further = tuple(_measure(name, estimate) for name, estimate in finding.further.items())
+    if finding.bounds_epsilon:
+        return further
+    return _measure(finding.metric, finding.estimate, finding.chance), *further
+
+
+def yardsticks(finding: FindingRecord) -> list[tuple[str, str]]:
+    """All that a finding must be read against: (what, figure)."""
+    said = [] if finding.chance is None else [("chance", figures.percent(finding.chance))]
+    for control in finding.controls:
+        if finding.bounds_epsilon or "AUC" in control.name:
+            value = figures.number(control.value)
+            ends = figures.interval(control.low, control.high)
+        else:
+            value = figures.percent(control.value)
+            ends = figures.percents(control.low, control.high)
+        exact = control.low is not None and control.low == control.high
+        p = "" if control.p_value is None else f", p = {figures.number(control.p_value, 3)}"
+        said.append((control.name, (value if exact else f"{value} {ends}") + p))
+    return said
+
+
+def short_unit(unit: str) -> str:
+    """A unit in a narrow column."""
+    return _UNITS.get(unit, unit)
+
+
+def per(cost: CostRecord) -> str:
+    """``a token``: what one unit of work is."""
+    return f"{'an' if cost.unit[:1] in set('aeio') else 'a'} {cost.unit}"
+
+
+def baseline(moment: Moment) -> str:
+    """What utility is compared with."""
+    return "the public base model" if moment is Moment.TRAINING else "the unprotected system"
+
+
 def reasons(protection: ProtectionRecord) -> list[tuple[str, str]]:
     """Why findings were not evaluable, each reason once: (what it concerns, why)."""
-    concerned: dict[str, dict[str, None]] = {}
-    for finding in protection.findings:
-        if finding.status is Status.NOT_EVALUABLE:
-            concerned.setdefault(main_reason(finding), {})[finding.population] = None
-    return [(", ".join(populations), why) for why, populations in concerned.items()]
+    untested = (f for f in protection.findings if f.status is Status.NOT_EVALUABLE)
+    return _concerned((main_reason(finding), finding.population) for finding in untested)
+
+
+def all_reasons(protection: ProtectionRecord) -> list[tuple[str, str]]:
+    """Why the findings stand as they do, each reason once: (what it concerns, why)."""
+    return _concerned((finding.reason, finding.population) for finding in protection.findings)
 
 
 def main_reason(finding: FindingRecord) -> str:
@@ -121,136 +196,35 @@ def warnings(findings: Findings) -> list[str]:
             if blind is not None and blind.low is not None and blind.low > 0.5:
                 said.append(
                     f"{protection.name}, {population}: a blind baseline that never meets the "
-                    f"model reaches AUC {number(blind.value)} "
-                    f"{interval(blind.low, blind.high)}; members and non-members differ as "
+                    f"model reaches AUC {figures.number(blind.value)} "
+                    f"{figures.interval(blind.low, blind.high)}; members and non-members differ as "
                     "records, and AUC and TPR there do not measure membership alone."
                 )
     return said
 
 
-def reading(findings: Findings) -> list[tuple[str, str]]:
-    """How to read the table: (term, meaning)."""
-    together = f"{findings.confidence:.3g}"
-    one_by_one = f"{100 * findings.confidence:.3g}%"
-    ranked = next((p.secrets.metric for p in findings.protections if p.secrets), None)
-    said = [
-        (
-            "ε ≥ x (ceiling y)",
-            "the training is not (e, δ)-differentially private for any e below x. All bounds of "
-            f"one row hold together with probability {together}. A perfect attack on this many "
-            "records would have shown y: a bound at its ceiling means “at least”, and a claim "
-            "above the ceiling cannot be tested.",
-        ),
-        (
-            f"TPR at {rate_name(findings.fpr)} FPR, AUC",
-            f"share of text records trained on that are found while {rate_name(findings.fpr)} of "
-            f"the others are accused (chance: {rate_name(findings.fpr)}), and area under the ROC "
-            "curve (chance: 0.50), of the attack on text with the largest bound. Each interval "
-            f"holds by itself with probability {one_by_one}.",
-        ),
-    ]
-    if ranked is not None:
-        said.append(("secrets", f"{ranked}; a secret never seen ranks first once in so many."))
-    said += [
-        (
-            "leak",
-            "a bound exceeds the claim, or something shows and nothing was claimed.",
-        ),
-        (
-            "within claim",
-            "no attack here contradicts the claim, though the same attack exceeds it where nothing "
-            "protects. It is no proof: a better attack may show more.",
-        ),
-        (
-            "not evaluable",
-            "no outcome could have contradicted the claim: even a perfect attack would not reach "
-            "it, or this one is too weak where nothing protects.",
-        ),
-        (
-            "utility",
-            f"{findings.utility_unit} of documents that nobody trained on; lower is better. The "
-            "change is against the public base model and has no interval of its own.",
-        ),
-        (
-            "this report",
-            "is not differentially private: it states exact figures of models trained on the data.",
-        ),
-    ]
-    return said
-
-
-def at_least(value: float | None, digits: int = 2) -> str:
-    """A lower bound, rounded down."""
-    return NONE if value is None else f"{_down(value, digits):.{digits}f}"
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Rounded to the nearest."""
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def change(value: float | None) -> str:
-    """A signed difference."""
-    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
-
-
-def better(value: float | None) -> str:
-    """Whether a change in bits per byte, of which fewer are better, is for the better."""
-    if value is None or abs(value) < 0.005:
-        return "same"
-    return "better" if value < 0 else "worse"
-
-
-def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-    """``[low, high]`` rounded outwards; unbounded ends as infinities."""
-    lower = "−∞" if low is None else f"{_down(low, digits):.{digits}f}"
-    upper = "∞" if high is None else f"{0.0 - _down(-high, digits):.{digits}f}"
-    return f"[{lower}, {upper}]"
-
-
-def estimate(value: EstimateRecord | None, digits: int = 2) -> str:
-    """A number with its interval."""
-    if value is None:
-        return NONE
-    return (
-        f"{number(value.value, digits)} {interval(value.interval.low, value.interval.high, digits)}"
-    )
-
-
-def share(value: EstimateRecord | None) -> str:
-    """A rate with its interval, in per cent."""
-    if value is None or value.value is None:
-        return NONE
-    low, high = value.interval.low, value.interval.high
-    hundredfold = interval(
-        None if low is None else 100 * low, None if high is None else 100 * high, 1
-    )
-    return re.sub(r"\b(0|100)\.0\b", r"\1", f"{100 * value.value:.1f}% {hundredfold}")
-
-
-def rate_name(rate: float) -> str:
-    """``0.01`` as ``1%``."""
-    return f"{100 * rate:.3g}%"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours; two units at most."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 6000:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def population_title(population: Population) -> str:
     """A heading."""
-    return {"text": "Text records", "canaries": "Canaries", "secrets": "Secrets"}[population]
+    return _TITLES[population]
 
 
-def _down(value: float, digits: int) -> float:
-    scale = 10.0**digits
-    return math.floor(value * scale + _SLACK) / scale
+def danger(moment: Moment) -> str:
+    """What is measured at this moment."""
+    return _DANGERS[moment]
+
+
+def _concerned(said: Iterable[tuple[str, Population]]) -> list[tuple[str, str]]:
+    concerned: dict[str, dict[str, None]] = {}
+    for why, population in said:
+        concerned.setdefault(why, {})[population] = None
+    return [(", ".join(populations), why) for why, populations in concerned.items()]
+
+
+def _measure(name: str, estimate: EstimateRecord, reference: float | None = None) -> Measure:
+    is_share = name != "AUC"
+    short = next((said for start, said in _MEASURES.items() if name.startswith(start)), name)
+    said = figures.share(estimate) if is_share else figures.estimate(estimate)
+    return Measure(name, short, said, is_share, reference, estimate)
 
 
 def _count(count: int, one: str, many: str) -> str:

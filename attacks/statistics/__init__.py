@@ -31,6 +31,7 @@ from attacks.statistics.permutation import (
 )
 from attacks.statistics.rates import (
     bonferroni,
+    bounded_mean,
     chernoff_interval,
     clopper_pearson,
     holm,
@@ -62,6 +63,7 @@ __all__ = [
     "auc",
     "auc_distribution_free",
     "bonferroni",
+    "bounded_mean",
     "canaries_needed",
     "chernoff_interval",
     "clopper_pearson",

@@ -117,3 +117,20 @@ def chernoff_interval(observed: float, n: int, confidence: float) -> Interval:
         return outside
 
     return Interval(furthest(0.0), furthest(1.0), confidence)
+
+
+def bounded_mean(values: npt.ArrayLike, confidence: float = 0.95) -> Estimate:
+    """The mean of independent values in [0, 1], such as each text's share of recovered tokens.
+
+    The interval is `chernoff_interval`: it covers whatever the law of the values, so what happens
+    inside one value, such as between the tokens of one text, needs no independence. Never of width
+    zero, unlike Student's where all values are alike.
+
+    values: shape (N,), N >= 1. Raises ValueError.
+    """
+    values_N = checked_numbers(values, "values")
+    if values_N.size == 0 or values_N.min() < 0.0 or values_N.max() > 1.0:
+        raise ValueError("values must be a non-empty sequence of numbers in [0, 1]")
+    mean = float(np.clip(values_N.mean(), 0.0, 1.0))
+    interval = chernoff_interval(mean, values_N.size, confidence)
+    return Estimate(mean, interval, int(values_N.size), "Chernoff-Hoeffding")

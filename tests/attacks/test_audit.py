@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from attacks.membership import MEMBERSHIP
 from attacks.scoring import Measurement, measure
 from attacks.suite import SuiteConfig, load_suite, run_suite, with_positive_control
-from attacks.targets import CanaryConfig, DpSgd, NoProtection, TrainingSetup, prepare, train_target
+from attacks.targets import CanaryConfig, DpSgd, NoProtection, Setup, TrainingSetup, prepare
 from attacks.threat import Status
 from privlm.config import (
     ConfigError,
@@ -29,15 +30,17 @@ from privlm.dp.noise import GaussianMechanism
 from privlm.dp.training import OptimizerConfig
 from protocols.randomness import Stream
 
-SMALL = TrainingSetup(
+SMALL = Setup(
     corpus=CorpusConfig(context=16),
     tokenizer=TokenizerConfig(vocab_size=300),
     model=ModelConfig(width=32, layers=1, heads=2),
     public=PublicTraining(epochs=1),
-    canaries=CanaryConfig(
-        new_token=400, secrets=20, secret_digits=4, prompt_tokens=8, candidates=64
+    training=TrainingSetup(
+        canaries=CanaryConfig(
+            new_token=400, secrets=20, secret_digits=4, prompt_tokens=8, candidates=64
+        ),
+        max_records=300,
     ),
-    max_records=300,
 )
 ONE = DpSgd(
     name="ε = 1",
@@ -53,9 +56,25 @@ def unwatched(what, steps):
     yield lambda done: None
 
 
+def scene_of(setup, *protections, watch=unwatched, ledger_dir=None):
+    return prepare(
+        setup,
+        protections or (NoProtection(),),
+        seed=0,
+        stream=Stream(bytes(range(32)), "audit"),
+        ledger_dir=ledger_dir,
+        watch=watch,
+    )
+
+
 @pytest.fixture(scope="module")
-def experiment():
-    return prepare(SMALL, seed=0, stream=Stream(bytes(range(32)), "audit"), watch=unwatched)
+def scene():
+    return scene_of(SMALL)
+
+
+@pytest.fixture(scope="module")
+def experiment(scene):
+    return scene.training
 
 
 @pytest.fixture
@@ -64,16 +83,9 @@ def fixed_streams(monkeypatch):
     monkeypatch.setattr(Stream, "fresh", classmethod(lambda cls, label: cls(bytes(32), label)))
 
 
-def audited(experiment, protection, folder):
-    target = train_target(experiment, protection, ledger_dir=folder, watch=unwatched)
-    return measure(
-        target.view,
-        experiment.truth,
-        experiment.canary_N,
-        target.claim,
-        Measurement(),
-        np.random.default_rng(0),
-    ).findings
+def audited(scene, protection, folder):
+    target = protection.run(dataclasses.replace(scene, ledger_dir=folder))
+    return measure(target, MEMBERSHIP, Measurement(), np.random.default_rng(0)).findings
 
 
 def statuses(findings):
@@ -87,26 +99,24 @@ def with_noise_scaled(monkeypatch, factor):
     )
 
 
-def test_unprotected_training_is_a_leak(experiment, tmp_path):
-    findings = audited(experiment, NoProtection(epochs=8), tmp_path)
+def test_unprotected_training_is_a_leak(scene, tmp_path):
+    findings = audited(scene, NoProtection(epochs=8), tmp_path)
     assert statuses(findings) == {Status.LEAK}
     best = max(f.lower_bound / f.ceiling for f in findings if f.population == "canaries")
     assert best > 0.9
 
 
-def test_dp_sgd_stays_within_its_claim_and_on_the_ledger(experiment, tmp_path, fixed_streams):
-    assert statuses(audited(experiment, ONE, tmp_path)) == {Status.WITHIN_CLAIM}
+def test_dp_sgd_stays_within_its_claim_and_on_the_ledger(scene, tmp_path, fixed_streams):
+    assert statuses(audited(scene, ONE, tmp_path)) == {Status.WITHIN_CLAIM}
     (file,) = tmp_path.iterdir()
     dataset = json.loads(file.read_text().splitlines()[0])["entry"]["dataset"]
     with Ledger(file, dataset=dataset) as ledger:
         assert 0.99 < ledger.spent(1e-5).value <= 1.0
 
 
-def test_an_engine_without_noise_exceeds_its_claim(
-    experiment, tmp_path, fixed_streams, monkeypatch
-):
+def test_an_engine_without_noise_exceeds_its_claim(scene, tmp_path, fixed_streams, monkeypatch):
     with_noise_scaled(monkeypatch, 0.0)
-    findings = audited(experiment, ONE, tmp_path)
+    findings = audited(scene, ONE, tmp_path)
     assert Status.LEAK in statuses(findings)
     assert max(f.lower_bound for f in findings if f.population == "canaries") > 2.0
 
@@ -125,8 +135,8 @@ def test_members_are_those_whose_coin_said_so(experiment):
     assert 0.4 < truth.member_N.mean() < 0.6
 
 
-def test_no_candidate_is_known_to_the_public_model(experiment):
-    public = {tuple(row) for row in experiment.corpus.blocks.public.ids_NT.tolist()}
+def test_no_candidate_is_known_to_the_public_model(scene, experiment):
+    public = {tuple(row) for row in scene.corpus.blocks.public.ids_NT.tolist()}
     assert not public & {tuple(row) for row in experiment.candidates.ids_NT.tolist()}
 
 
@@ -141,26 +151,27 @@ def test_the_planted_secret_hides_among_its_alternatives(experiment):
         assert (tuple(ids_CT[place].tolist()) in rows) == planted_K[k]
 
 
-def test_canary_tokens_start_alike(experiment):
-    reserved = experiment.corpus.tokenizer.reserved_ids
-    rows = experiment.base.head.weight[reserved.start : reserved.stop]
+def test_canary_tokens_start_alike(scene):
+    reserved = scene.corpus.tokenizer.reserved_ids
+    rows = scene.base.head.weight[reserved.start : reserved.stop]
     assert torch.equal(rows, rows[:1].expand_as(rows))
 
 
+def with_canaries(**canaries):
+    training = msgspec.structs.replace(SMALL.training, canaries=CanaryConfig(**canaries))
+    return msgspec.structs.replace(SMALL, training=training)
+
+
 def test_canaries_that_do_not_fit_are_refused():
-    setup = msgspec.structs.replace(
-        SMALL, canaries=CanaryConfig(new_token=100, secrets=5, prompt_tokens=14, secret_digits=6)
-    )
+    setup = with_canaries(new_token=100, secrets=5, prompt_tokens=14, secret_digits=6)
     with pytest.raises(DataError, match="14 prompt and 6 secret tokens, the context holds 16"):
-        prepare(setup, seed=0, stream=Stream(bytes(32), "a"), watch=unwatched)
+        scene_of(setup)
 
 
 def test_more_secrets_than_prompts_are_refused():
-    setup = msgspec.structs.replace(
-        SMALL, canaries=CanaryConfig(new_token=100, secrets=10**6, prompt_tokens=8)
-    )
+    setup = with_canaries(new_token=100, secrets=10**6, prompt_tokens=8)
     with pytest.raises(DataError, match=r"canaries\.secrets: 1000000 prompts"):
-        prepare(setup, seed=0, stream=Stream(bytes(32), "a"), watch=unwatched)
+        scene_of(setup)
 
 
 def test_a_budget_out_of_reach_is_refused_before_any_training():
@@ -173,7 +184,7 @@ def test_a_budget_out_of_reach_is_refused_before_any_training():
         yield lambda done: None
 
     with pytest.raises(ValueError, match="protections: ε = 1: epsilon 1e-07 .* cannot be reached"):
-        prepare(SMALL, seed=0, stream=Stream(bytes(32), "a"), watch=watch, protections=(greedy,))
+        scene_of(SMALL, greedy, watch=watch)
     assert watched == ["planning ε = 1"]
 
 
@@ -218,7 +229,7 @@ def test_a_suite_reports_every_protection_and_the_worst_status(tmp_path):
     assert not row.exceeds_claim
     assert not result.exceeds_claim
     assert result.counts["canaries"] == 400
-    assert row.utility.interval.low < row.utility.value < row.utility.interval.high
+    assert row.utility.estimate.value in row.utility.estimate.interval
 
 
 def test_within_a_claim_needs_an_attack_that_works_where_nothing_protects(experiment, tmp_path):
@@ -242,7 +253,10 @@ def test_within_a_claim_needs_an_attack_that_works_where_nothing_protects(experi
             dataclasses.replace(f, status=Status.WITHIN_CLAIM) for f in private.findings
         ),
     )
-    for others, reason in (((weak,), "shows only ε ≥ 0.50"), ((), "add a protection of type none")):
+    for others, reason in (
+        ((weak,), "shows only ε ≥ 0.50"),
+        ((), "add the baseline of this moment"),
+    ):
         *_, judged = with_positive_control((*others, raw))
         assert {f.status for f in judged.findings} == {Status.NOT_EVALUABLE}
         assert all(reason in f.reason for f in judged.findings)
@@ -257,11 +271,9 @@ def test_noise_divided_by_the_root_of_the_batch_exceeds_its_claim(
     (protection,) = (
         p for p in suite.protections if isinstance(p, DpSgd) and p.privacy.target_epsilon == 1
     )
-    experiment = prepare(
-        suite.setup, seed=0, stream=Stream(bytes(range(32)), "audit"), watch=unwatched
-    )
+    scene = scene_of(suite.setup)
     with_noise_scaled(monkeypatch, protection.batch_size**-0.5)
-    findings = audited(experiment, protection, tmp_path)
+    findings = audited(scene, protection, tmp_path)
     assert max(f.lower_bound for f in findings if f.population == "canaries") > 1.0
     assert Status.LEAK in statuses(findings)
 

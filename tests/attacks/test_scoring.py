@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from attacks.scoring import Measurement, _blind_control, _exposure, _mean_bits, measure
-from attacks.statistics import canaries_needed
-from attacks.targets import Truth
-from attacks.threat import Claim, Evaluated, ReleasedModel, Scores, SecretSlots, Status
+from attacks.membership import MEMBERSHIP
+from attacks.scoring import Measurement, measure
+from attacks.scoring.membership import _blind_control, _exposure, _mean_bits
+from attacks.statistics import canaries_needed, mean_estimate
+from attacks.targets import Target, Task, Truth
+from attacks.threat import (
+    Claim,
+    Cost,
+    Evaluated,
+    ReleasedModel,
+    Scores,
+    SecretSlots,
+    Status,
+    Utility,
+)
 
 NOTHING = Claim("holder of the model", "none", "nothing is claimed")
 N, VOCABULARY = 2400, 50
@@ -41,8 +52,8 @@ def experiment(leakage: float, *, secret_leakage: float = 0.0, seed: int = 0):
     reference.__dict__["statistics"] = _Statistics(torch.zeros(N))
     released.__dict__["secret_logp_NC"] = torch.from_numpy(secret_KC)
     reference.__dict__["secret_logp_NC"] = torch.from_numpy(rng.normal(size=(K, C)))
-    truth = Truth(member_N, secret_member_K, place_K)
-    return ReleasedModel(released, reference), truth, canary_N
+    truth = Truth(member_N, canary_N, secret_member_K, place_K)
+    return ReleasedModel(released, reference), truth
 
 
 def _never(ids_BT):
@@ -55,15 +66,14 @@ class _Statistics:
 
 
 def judged(promise: Claim, leakage: float, **kwargs):
-    view, truth, canary_N = experiment(leakage, **kwargs)
-    return measure(
-        view,
-        truth,
-        canary_N,
-        promise,
-        Measurement(attacks=("loss", "reference")),
-        np.random.default_rng(1),
-    )
+    return judged_view(promise, *experiment(leakage, **kwargs))
+
+
+def judged_view(promise: Claim, view: ReleasedModel, truth: Truth):
+    nowhere = Utility(mean_estimate([1.0, 2.0]), "none")
+    target = Target(promise, (Task("text", view, truth),), nowhere, Cost(0.0, None, "run"), {})
+    chosen = [attack for attack in MEMBERSHIP if attack.name in ("loss", "reference")]
+    return measure(target, chosen, Measurement(), np.random.default_rng(1))
 
 
 def statuses(measured, population):
@@ -128,7 +138,7 @@ def test_secrets_that_rank_like_any_other_stay_within_a_claim():
 
 
 def test_exposure_counts_ties_against_the_attack():
-    truth = Truth(np.ones(1, bool), np.ones(2, bool), np.array([0, 3]))
+    truth = Truth(np.ones(1, bool), np.zeros(1, bool), np.ones(2, bool), np.array([0, 3]))
     flat = Scores("s", torch.zeros(2, 8))
     bits_K, first_K = _exposure(flat, truth)
     assert bits_K.tolist() == [0.0, 0.0]
@@ -141,12 +151,10 @@ def test_exposure_counts_ties_against_the_attack():
 
 
 def test_scores_that_are_no_numbers_are_refused():
-    view, truth, canary_N = experiment(0.0)
+    view, truth = experiment(0.0)
     view.released.__dict__["statistics"].mean_logp_N[7] = math.nan
     with pytest.raises(ValueError, match="1 NaN of 1400"):
-        measure(
-            view, truth, canary_N, NOTHING, Measurement(attacks=("loss",)), np.random.default_rng(0)
-        )
+        judged_view(NOTHING, view, truth)
 
 
 def blind(ids_NT, member_N, seed=0):

@@ -1,6 +1,4 @@
-"""Where scores meet the truth: estimates with intervals, controls, and the verdict.
-
-No other room sees which records were trained on.
+"""Membership of records and exposure of secrets, from the scores of a released model.
 
 Shape suffixes: N records, K secret canaries, C candidate secrets, V vocabulary.
 """
@@ -8,35 +6,27 @@ Shape suffixes: N records, K secret canaries, C candidate secrets, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from attacks.membership import ATTACKS
 from attacks.membership.secrets import guess_secrets, guess_secrets_blind
+from attacks.scoring.coins import coin_finding, judge_epsilon, scores_of
+from attacks.scoring.measurement import Curve, Measured, Measurement
 from attacks.statistics import (
-    DEFAULT_GUESS_FRACTIONS,
-    Auc,
     Estimate,
     Interval,
-    OneRunBound,
-    RocBand,
-    TooFewNonMembers,
     auc,
-    canaries_needed,
     chernoff_interval,
     one_run_audit,
-    permutation_control,
     pointwise_band,
     rate,
-    simultaneous_confidence,
-    tpr_at_fpr,
 )
 from attacks.targets import Truth
 from attacks.threat import (
+    Attack,
     Claim,
     Control,
     Finding,
@@ -44,83 +34,44 @@ from attacks.threat import (
     ReleasedModel,
     Scores,
     Status,
-    promised,
 )
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-PERMUTATIONS = 199
+POPULATIONS: tuple[Population, ...] = ("text", "canaries")
 
 
-class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is declared before any model is attacked.
-
-    ``confidence`` holds for all bounds of one protection together. ``delta`` is
-    the δ at which ε is bounded where the claim names none.
-    """
-
-    attacks: tuple[str, ...] = tuple(ATTACKS)
-    confidence: float = 0.95
-    fpr: float = 0.01
-    delta: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if not self.attacks:
-            raise ValueError("attacks must name at least one attack")
-        for name in self.attacks:
-            if name not in ATTACKS:
-                raise ValueError(f"attacks: {name!r} is none of {', '.join(ATTACKS)}")
-        if len(set(self.attacks)) != len(self.attacks):
-            raise ValueError("attacks: a name stands twice")
-        for key in ("confidence", "fpr", "delta"):
-            if not 0 < getattr(self, key) < 1:
-                raise ValueError(f"{key} must lie in (0, 1), got {getattr(self, key)}")
+def statements(attacks: int, truth: Truth) -> int:
+    """Bounds on ε that :func:`measure_membership` makes."""
+    return attacks * len(POPULATIONS) + bool(len(truth.secret_member_K))
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One attack's ROC on one population, with pointwise bands."""
-
-    attack: str
-    population: Population
-    band: RocBand = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All findings on one protection, and the scores behind them for whoever owns the records."""
-
-    findings: tuple[Finding, ...]
-    curves: tuple[Curve, ...] = field(repr=False)
-    scores: tuple[Scores, ...] = field(repr=False)
-
-
-def measure(
+def measure_membership(
     view: ReleasedModel,
     truth: Truth,
-    canary_N: Bools,
     claim: Claim,
+    attacks: Sequence[Attack[ReleasedModel]],
     measurement: Measurement,
+    confidence: float,
     rng: np.random.Generator,
 ) -> Measured:
-    """Run every declared attack on ``view`` and judge it against ``claim``.
+    """Run membership attacks on both populations, and guess the secrets.
 
     Args:
         view: what the adversary sees.
         truth: what the adversary wants to know; no attack receives it.
-        canary_N: which candidates are canaries.
         claim: what the protection promises.
+        attacks: declared beforehand.
         measurement: declared beforehand.
+        confidence: of each single bound on ε.
         rng: for label permutations and the blind baseline's split; no secret.
 
     Raises:
         ValueError: scores that are not numbers, or too few records.
     """
-    populations: dict[Population, Bools] = {"text": ~canary_N, "canaries": canary_N}
-    all_scores = tuple(ATTACKS[attack](view) for attack in measurement.attacks)
-    statements = len(all_scores) * len(populations) + (view.released.secrets is not None)
-    confidence = simultaneous_confidence(measurement.confidence, statements)
+    populations: dict[Population, Bools] = {"text": ~truth.canary_N, "canaries": truth.canary_N}
+    all_scores = tuple(scores_of(attack, view) for attack in attacks)
     delta = measurement.delta if claim.delta is None else claim.delta
     findings: list[Finding] = []
     curves: list[Curve] = []
@@ -133,7 +84,7 @@ def measure(
             values_N = scores.values.double().numpy()[chosen_N]
             member_N = truth.member_N[chosen_N]
             findings.append(
-                _membership_finding(
+                coin_finding(
                     scores.attack,
                     name,
                     values_N,
@@ -142,7 +93,7 @@ def measure(
                     measurement,
                     delta,
                     confidence,
-                    blind[name],
+                    (blind[name],),
                     rng,
                 )
             )
@@ -151,85 +102,6 @@ def measure(
     if view.released.secrets is not None:
         findings.append(_secret_finding(view, truth, claim, delta, confidence))
     return Measured(tuple(findings), tuple(curves), all_scores)
-
-
-def _membership_finding(
-    attack: str,
-    population: Population,
-    scores_N: Floats,
-    member_N: Bools,
-    claim: Claim,
-    measurement: Measurement,
-    delta: float,
-    confidence: float,
-    blind: Control,
-    rng: np.random.Generator,
-) -> Finding:
-    bound = one_run_audit(scores_N, member_N, delta=delta, confidence=confidence)
-    status, reason = _judge_epsilon(bound, claim)
-    further = {"AUC": auc(scores_N, member_N, measurement.confidence)}
-    try:
-        further[f"TPR at {measurement.fpr:.3g} FPR"] = tpr_at_fpr(
-            scores_N, member_N, measurement.fpr, measurement.confidence
-        )
-    except TooFewNonMembers as refusal:
-        reason = f"{reason}; {refusal}"
-    shuffled = permutation_control(scores_N, member_N, Auc(), PERMUTATIONS, rng)
-    return Finding(
-        attack=attack,
-        population=population,
-        metric=f"lower bound on ε at δ = {delta:g}",
-        estimate=Estimate(
-            bound.epsilon,
-            Interval(bound.epsilon, math.inf, confidence),
-            bound.canaries,
-            f"one run: {bound.correct} of {bound.guesses} guesses right",
-        ),
-        n=bound.canaries,
-        lower_bound=bound.epsilon,
-        ceiling=bound.ceiling,
-        controls=(
-            blind,
-            Control(
-                "AUC under permuted labels",
-                shuffled.null_mean,
-                shuffled.null_band.low,
-                shuffled.null_band.high,
-                shuffled.p_value,
-            ),
-        ),
-        status=status,
-        reason=reason,
-        further=further,
-    )
-
-
-def _judge_epsilon(bound: OneRunBound, claim: Claim) -> tuple[Status, str]:
-    if claim.epsilon is None:
-        if bound.epsilon > 0:
-            return Status.LEAK, "membership shows, and nothing was claimed"
-        return Status.NOT_EVALUABLE, "nothing was claimed and this attack found nothing"
-    if bound.epsilon > claim.epsilon:
-        return Status.LEAK, f"the lower bound exceeds the claimed ε = {promised(claim.epsilon)}"
-    if bound.ceiling <= claim.epsilon:
-        return Status.NOT_EVALUABLE, (
-            f"even a perfect attack on {bound.canaries:,} records reaches only "
-            f"{bound.ceiling:.2f} ≤ ε = {promised(claim.epsilon)}; "
-            f"{_what_would_do(bound, claim.epsilon)}"
-        )
-    return (
-        Status.WITHIN_CLAIM,
-        f"the lower bound stays within the claimed ε = {promised(claim.epsilon)}",
-    )
-
-
-def _what_would_do(bound: OneRunBound, epsilon: float) -> str:
-    confidence = simultaneous_confidence(bound.confidence, bound.tried)
-    try:
-        needed = canaries_needed(epsilon, bound.delta, confidence)
-    except ValueError:
-        return f"at δ = {bound.delta:g} no number of records would do"
-    return f"about {math.ceil(needed / max(DEFAULT_GUESS_FRACTIONS)):,} would do"
 
 
 def _secret_finding(
@@ -263,7 +135,7 @@ def _secret_finding(
     gained_K = _own(guess_secrets(view), truth) - _own(guess_secrets_blind(view), truth)
     bound = one_run_audit(gained_K, planted_K, delta=delta, confidence=confidence)
     extracted = rate(int(first_K[planted_K].sum()), n, confidence)
-    status, reason = _judge_epsilon(bound, claim)
+    status, reason = judge_epsilon(bound, claim)
     if claim.epsilon is None and extracted.interval.low > 2.0**-most:
         status, reason = Status.LEAK, "planted secrets are recovered, and nothing was claimed"
     return Finding(

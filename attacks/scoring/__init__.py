@@ -1,0 +1,122 @@
+"""Where attacks meet the truth: estimates with intervals, controls, and the verdict.
+
+No other room sees which records were trained on, or which text a client held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from attacks.scoring.choices import choice_finding
+from attacks.scoring.coins import coin_finding, scores_of
+from attacks.scoring.measurement import Curve, Measured, Measurement
+from attacks.scoring.membership import measure_membership, statements
+from attacks.scoring.texts import text_finding
+from attacks.statistics import simultaneous_confidence
+from attacks.targets import Choices, Coins, Target, Task, Texts, Truth
+from attacks.threat import Attack, Claim, Finding, ReleasedModel, Scores
+
+__all__ = ["Curve", "Measured", "Measurement", "measure"]
+
+
+def measure(
+    target: Target,
+    attacks: Sequence[Attack[Any]],
+    measurement: Measurement,
+    rng: np.random.Generator,
+) -> Measured:
+    """Put every task of ``target`` to the attacks that see views of its kind, and judge.
+
+    What is held against the claim holds together: bounds on ε with
+    ``measurement.confidence``, intervals behind "nothing leaks" with
+    :data:`attacks.scoring.secrecy.CONFIDENCE`.
+
+    Args:
+        target: a protected system that ran.
+        attacks: declared beforehand.
+        measurement: declared beforehand.
+        rng: for label permutations and the blind baseline's split; no secret.
+
+    Raises:
+        ValueError: an attack returned what cannot be judged, or no attack sees a task.
+    """
+    sent = [
+        (task, [attack for attack in attacks if attack.sees is type(task.view)])
+        for task in target.tasks
+    ]
+    judged = sum(_judged(task.truth, len(chosen), target.claim) for task, chosen in sent)
+    confidence = simultaneous_confidence(measurement.confidence, max(1, judged))
+    findings: list[Finding] = []
+    curves: list[Curve] = []
+    scores: list[Scores] = []
+    for task, chosen in sent:
+        if not chosen:
+            raise ValueError(
+                f"no attack of this suite sees a {type(task.view).__name__}, which "
+                f"{task.population} are attacked through; name one in measurement.attacks"
+            )
+        match task.truth:
+            case Truth() as truth:
+                assert isinstance(task.view, ReleasedModel)
+                measured = measure_membership(
+                    task.view, truth, target.claim, chosen, measurement, confidence, rng
+                )
+                findings += measured.findings
+                curves += measured.curves
+                scores += measured.scores
+            case Texts() as truth:
+                findings += [
+                    text_finding(a, task, truth, target.claim, measurement.confidence, judged)
+                    for a in chosen
+                ]
+            case Choices() as truth:
+                findings += [
+                    choice_finding(a, task, truth, target.claim, measurement.confidence, judged)
+                    for a in chosen
+                ]
+            case Coins() as truth:
+                findings += [
+                    _coins(a, task, truth, target, measurement, confidence, rng) for a in chosen
+                ]
+    return Measured(tuple(findings), tuple(curves), tuple(scores))
+
+
+def _judged(truth: object, attacks: int, claim: Claim) -> int:
+    """How many figures of a task are held against the claim."""
+    match truth:
+        case Truth():
+            return statements(attacks, truth)
+        case Coins():
+            return attacks
+        case Texts():
+            return 2 * attacks if claim.nothing_leaks else 0
+        case _:
+            return attacks if claim.nothing_leaks else 0
+
+
+def _coins(
+    attack: Attack[Any],
+    task: Task,
+    truth: Coins,
+    target: Target,
+    measurement: Measurement,
+    confidence: float,
+    rng: np.random.Generator,
+) -> Finding:
+    values_N = scores_of(attack, task.view).values.double().numpy()
+    delta = measurement.delta if target.claim.delta is None else target.claim.delta
+    return coin_finding(
+        attack.name,
+        task.population,
+        values_N,
+        truth.coin_N,
+        target.claim,
+        measurement,
+        delta,
+        confidence,
+        (),
+        rng,
+    )

@@ -1,0 +1,89 @@
+"""One of several: how often the attack named the one that was chosen.
+
+Shape suffixes: N trials, C options.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from attacks.scoring.coins import scores_of
+from attacks.scoring.secrecy import CONFIDENCE, judge_secrecy
+from attacks.scoring.texts import weakened_control
+from attacks.statistics import Estimate, rate, simultaneous_confidence
+from attacks.targets import Choices, Task
+from attacks.threat import Attack, Claim, Finding, Status
+
+
+def choice_finding(
+    attack: Attack[object],
+    task: Task,
+    truth: Choices,
+    claim: Claim,
+    confidence: float,
+    judged: int,
+) -> Finding:
+    """Share of the trials in which the chosen option alone scored highest.
+
+    Args:
+        attack: returns scores of shape (N, C).
+        task: what is seen, and the same where the protection is broken on purpose.
+        truth: of the task; every place was drawn uniformly and by itself.
+        claim: what the protection promises.
+        confidence: of an interval that is not held against a claim.
+        judged: intervals that are held against the claim together.
+    """
+    chance = 1 / truth.options
+    if claim.nothing_leaks:
+        confidence = simultaneous_confidence(CONFIDENCE, judged)
+    hits = named(attack, task, truth)
+    estimate = rate(int(hits.sum()), len(hits), confidence)
+    controls = []
+    if claim.nothing_leaks:
+        weakened = _weakened(attack, task)
+        if weakened is not None:
+            controls.append(weakened_control(weakened))
+        status, reason = judge_secrecy(estimate, len(hits), chance, weakened)
+    elif estimate.interval.low > chance:
+        status, reason = Status.LEAK, "uploads are told apart, and nothing was claimed"
+    else:
+        status = Status.NOT_EVALUABLE
+        reason = "nothing was claimed and this attack found nothing"
+    return Finding(
+        attack=attack.name,
+        population=task.population,
+        metric=f"uploads matched to one of {truth.options} updates",
+        estimate=estimate,
+        n=len(hits),
+        controls=tuple(controls),
+        status=status,
+        reason=reason,
+        chance=chance,
+    )
+
+
+def named(attack: Attack[object], task: Task, truth: Choices) -> npt.NDArray[np.bool_]:
+    """In which trials the chosen option scored highest and no other as high.
+
+    Raises:
+        ValueError: the scores have another shape, or are not numbers.
+    """
+    scores_NC = scores_of(attack, task.view).values.double().numpy()
+    if scores_NC.shape != (len(truth.place_N), truth.options) or np.isnan(scores_NC).any():
+        raise ValueError(
+            f"attack {attack.name!r} must return a number for each of {len(truth.place_N)} trials "
+            f"and {truth.options} options, got shape {scores_NC.shape}"
+        )
+    own_N1 = np.take_along_axis(scores_NC, truth.place_N[:, None], axis=1)
+    hits: npt.NDArray[np.bool_] = (scores_NC >= own_N1).sum(axis=1) == 1
+    return hits
+
+
+def _weakened(attack: Attack[object], task: Task) -> Estimate | None:
+    if task.weakened is None:
+        return None
+    truth = task.weakened.truth
+    assert isinstance(truth, Choices)
+    hits = named(attack, task.weakened, truth)
+    return rate(int(hits.sum()), len(hits))
