@@ -102,3 +102,7 @@ class TooFewClients(RemoteProtocolError):
 
 class InconsistentSurvivors(RemoteProtocolError):
     """Shares of sums over different clients would open to a sum over nobody."""
+
+
+class NonFiniteResult(RemoteProtocolError):
+    """Numbers from a peer that overflow what is computed of them would pass for an answer."""

@@ -37,7 +37,8 @@ class Received:
 class View:
     """All that corrupting one party reveals: inputs, randomness and the messages it received.
 
-    What the party sent and computed follows from these.
+    What the party sent and computed follows from these, from what is public, and from when its host
+    started it and let deadlines pass, which no view records.
     """
 
     party: str

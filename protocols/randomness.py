@@ -28,6 +28,9 @@ SEED_BYTES = 32
 
 Shape: TypeAlias = int | tuple[int, ...]
 
+# Greatest magnitude that `Stream.standard_normal` gives, 8.57: there its tails end.
+NORMAL_CUT = math.sqrt(106 * math.log(2))
+
 _STREAM_INFO = b"privlm/protocols/stream/v1\x00"
 # 64 KiB of zeros and 64 KiB of output stay in a core's second-level cache.
 _ZEROS = memoryview(bytes(1 << 16))
@@ -215,10 +218,10 @@ class Stream:
         """Draw independent standard normals by the Box–Muller transform (Box and Muller 1958).
 
         z₀ = r cos θ, z₁ = r sin θ with r = √(−2 ln u), θ = 2π(v − ½); u in (0, 1] and v in [0, 1)
-        are multiples of 2^-53, so ln 0 never occurs and |z| <= √(106 ln 2) < 8.58: a true normal
-        lies beyond that with probability below 10^-17. The values are a grid of float64s, not
-        reals, and their last bits depend on the machine's libm: where floating-point noise could
-        give away the value beneath it (Mironov 2012), use a discrete sampler instead.
+        are multiples of 2^-53, so ln 0 never occurs and |z| <= √(106 ln 2) = `NORMAL_CUT`: a true
+        normal lies beyond that with probability below 10^-17. The values are a grid of float64s,
+        not reals, and their last bits depend on the machine's libm: where floating-point noise
+        could give away the value beneath it (Mironov 2012), use a discrete sampler instead.
         """
         out = np.empty(shape, np.float64)
         flat = out.reshape(-1)

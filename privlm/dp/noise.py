@@ -33,7 +33,8 @@ class GaussianMechanism:
     rounded to a fixed grid of spacing near σ·2^-20 that depends on public
     parameters alone. The low bits, through which the set of reachable floats
     would betray the noiseless value (Mironov 2012), are thereby gone; what
-    remains is the 2^-53 resolution of the uniforms and a tail cut at 8.5 σ.
+    remains is the 2^-53 resolution of the uniforms and tails that end at
+    :data:`protocols.randomness.NORMAL_CUT` = 8.57 σ.
     """
 
     noise_multiplier: float

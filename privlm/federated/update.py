@@ -72,7 +72,11 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of names, shapes and order, in hexadecimal: what clients compare."""
+        """SHA-256 of names, shapes and order, in hexadecimal.
+
+        Its bytes, as the ``context`` of a :class:`protocols.aggregation.Cohort`, keep updates of
+        different layouts out of one sum.
+        """
         return hashlib.sha256(msgspec.msgpack.encode((self.names, self.shapes))).hexdigest()
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B = examples, T = positions of this call, C = cached positions, A = C + 
 D = width, H = heads, E = D / H, V = vocabulary.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -73,6 +74,7 @@ class Decoder(nn.Module, ABC):
     """A causal language model: ``embed_tokens``, then ``blocks``, then ``norm`` and ``head``.
 
     Apart from the modules in ``blocks``, every child belongs to the ends: embedding, norm, head.
+    It has no parameters or buffers but those of its children, or it could not be cut in two.
 
     Args:
         vocab_size: V.
@@ -162,13 +164,23 @@ def next_token(
         generator: Needed if ``temperature`` is positive.
 
     Raises:
-        ValueError: If the temperature is negative, or positive without a generator.
+        ValueError: If the temperature is negative or not finite, or positive without a generator.
     """
-    if temperature < 0 or (temperature > 0 and generator is None):
-        raise ValueError(f"temperature must be 0, or positive with a generator; got {temperature}")
+    if not 0 <= temperature < math.inf or (temperature > 0 and generator is None):
+        raise ValueError(
+            f"temperature must be 0, or positive with a generator, and finite; got {temperature}"
+        )
     if temperature == 0:
         return logits_BV.argmax(dim=-1, keepdim=True)
-    return torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1, generator=generator)
+    return torch.multinomial(tempered(logits_BV, temperature), 1, generator=generator)
+
+
+def tempered(logits_BV: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) for a temperature > 0, however small: (B, V)."""
+    # With the greatest at 0 first, dividing can overflow towards minus infinity alone.
+    below_BV = logits_BV - logits_BV.amax(dim=-1, keepdim=True)
+    least = torch.finfo(below_BV.dtype).tiny  # its reciprocal is finite
+    return (below_BV / max(temperature, least)).softmax(dim=-1)
 
 
 @torch.no_grad()

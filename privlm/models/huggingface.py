@@ -5,18 +5,31 @@ Shapes: B = examples, T = positions of this call, A = positions attended, D = wi
 E = D / H.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from privlm.models.decoder import Cache, Decoder, ParameterRoles, Weight
 
+_INDEX = "model.safetensors.index.json"
+_ARCHITECTURE = "GPT2LMHeadModel"
+# Causal masks that older checkpoints carry; no weights.
+_MASKS = re.compile(r"(^|\.)attn\.(masked_)?bias$")
+
 
 class ModelError(ValueError):
     """A model folder that cannot be read, or that would be run as something it is not."""
+
+
+class _Index(msgspec.Struct, frozen=True):
+    """Which shard holds which weight."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ def load_causal_lm(path: str | Path) -> CausalLM:
 
     Raises:
         ModelError: If ``transformers`` is missing, the folder is missing or cannot be read, holds
-            another architecture or an adapter, or lacks weights.
+            another architecture or an adapter, names weights that are no safetensors file of its
+            own, or has more or fewer weights than the model.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -133,12 +147,24 @@ def load_causal_lm(path: str | Path) -> CausalLM:
         raise ModelError(
             f"{folder} holds an adapter; merge it with peft's merge_and_unload and save the result"
         )
+    _require_safe_index(folder)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         if config.model_type != "gpt2":
             raise ModelError(
                 f"{folder} holds a {config.model_type!r} model; only 'gpt2' can be loaded so far"
+            )
+        named = config.architectures or [_ARCHITECTURE]
+        if list(named) != [_ARCHITECTURE]:
+            raise ModelError(
+                f"{folder} holds a {', '.join(map(str, named))}; only a {_ARCHITECTURE} can be "
+                "loaded, as its head is what gives the logits"
+            )
+        if getattr(config, "transformers_weights", None) is not None:
+            raise ModelError(
+                f"{folder} names a weights file in config.json; take transformers_weights out of "
+                "it, and keep the weights in model.safetensors"
             )
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -156,8 +182,9 @@ def load_causal_lm(path: str | Path) -> CausalLM:
     except ModelError:
         raise
     except Exception as error:  # the loaders raise whatever a broken file makes them trip over
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
-            f"{folder} cannot be loaded ({str(error).strip().splitlines()[0]}); it needs a "
+            f"{folder} cannot be loaded ({reason}); it needs a "
             "config.json and model.safetensors as save_pretrained writes them"
         ) from error
     if info["missing_keys"]:
@@ -166,4 +193,29 @@ def load_causal_lm(path: str | Path) -> CausalLM:
             f"{folder} lacks weights of a GPT-2, such as {min(info['missing_keys'])}; "
             "save the whole model again"
         )
+    unexpected = [name for name in info["unexpected_keys"] if not _MASKS.search(name)]
+    if unexpected:
+        # Without them it would be another model than the one that was saved.
+        raise ModelError(
+            f"{folder} holds weights that its config.json has no place for, such as "
+            f"{min(unexpected)}; merge adapters, mend the config, or save the whole model again"
+        )
     return CausalLM(Gpt2Decoder(model.eval()), tokenizer)
+
+
+def _require_safe_index(folder: Path) -> None:
+    """Refuse an index of shards that leads out of the folder or to a pickle: it would be opened."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return
+    try:
+        shards = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()
+    except msgspec.MsgspecError as error:
+        raise ModelError(f"{index} cannot be read ({error}); save the model again") from error
+    for name in sorted(set(shards)):
+        bare = re.fullmatch(r"[\w.-]+\.safetensors", name)
+        if not bare or not (folder / name).is_file():
+            raise ModelError(
+                f"{index} names {name!r}, which is no safetensors file in the folder; save the "
+                "model again, as safetensors"
+            )

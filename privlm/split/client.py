@@ -1,11 +1,12 @@
 """The client of a split model: holds the prompt, both ends of the model and the sampling."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from privlm.models.decoder import next_token
+from privlm.models.decoder import next_token, tempered
 from privlm.split.messages import (
     ClientRows,
     End,
@@ -17,7 +18,7 @@ from privlm.split.messages import (
 )
 from privlm.split.partition import ClientPart
 from privlm.split.protection import Protection, RowBudgetSpent
-from protocols.errors import UnexpectedMessage
+from protocols.errors import NonFiniteResult, UnexpectedMessage
 from protocols.party import Outgoing, Party
 from protocols.randomness import Stream
 from protocols.wire import decode, encode
@@ -27,7 +28,8 @@ class SplitClient(Party):
     """One session's client: sends the prompt's rows, then one row for each token it generates.
 
     A row is sent only once all rows of the request fit into the protection's budget; the last
-    token generated is never sent. Keys and values of the client's own blocks stay here.
+    token generated is never sent. Keys and values of the client's own blocks stay here. Rows of the
+    server that give logits which are infinite or none are refused.
 
     Attributes:
         tokens: Generated so far; grows.
@@ -45,7 +47,8 @@ class SplitClient(Party):
 
     Raises:
         ValueError: If the prompt is empty or holds an unknown token, an argument is out of range,
-            or prompt and new tokens exceed the context.
+            prompt and new tokens exceed the context, the part is not the session's, or it would
+            apply dropout.
     """
 
     def __init__(
@@ -60,15 +63,22 @@ class SplitClient(Party):
         temperature: float = 0.0,
         stop_token: int | None = None,
     ) -> None:
-        super().__init__(session.client, stream, {"prompt": tuple(prompt)})
+        session.check_part(part)
+        inputs = {
+            "prompt": tuple(prompt),
+            "protection": protection,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop_token": stop_token,
+        }
+        super().__init__(session.client, stream, inputs)
         model = part.model
         if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
             raise ValueError(f"a prompt is one token or more, from 0 to {model.vocab_size - 1}")
-        if max_new_tokens < 0 or temperature < 0:
-            raise ValueError(
-                f"max_new_tokens and temperature must not be negative, "
-                f"got {max_new_tokens} and {temperature}"
-            )
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {temperature}")
         # The last token is chosen and not sent.
         self._rows = len(prompt) + max(max_new_tokens - 1, 0)
         if self._rows > model.context:
@@ -110,6 +120,8 @@ class SplitClient(Party):
             )
         rows_TD = unpack_rows(message, self._session, self._sent - self._awaited)
         logits_TV = self._part.tail(rows_TD, self._tail_cache)
+        if not logits_TV.isfinite().all():
+            raise NonFiniteResult("the server's rows give logits that are not finite")
         if not self._max_new_tokens:
             self.logits_TV = logits_TV
             return [self._end()]
@@ -130,11 +142,11 @@ class SplitClient(Party):
     def _choose(self, logits_V: Tensor) -> int:
         if self._temperature == 0:
             return int(next_token(logits_V[None]))
-        below_V = (logits_V.double() / self._temperature).softmax(0).cumsum(0)
+        below_V = tempered(logits_V.double(), self._temperature).cumsum(0)
         uniform = int(self._stream.integers(1 << 53, ())) * 2.0**-53
         # Rounding may leave the last sum a little below 1.
         return int((below_V <= uniform * below_V[-1]).sum())
 
     def _end(self) -> Outgoing:
         self._finish()
-        return Outgoing(self._session.server, encode(End(session=self._session.id)))
+        return Outgoing(self._session.server, encode(End(session=self._session.digest)))

@@ -61,7 +61,8 @@ def run_in_memory(
     """
     if client.cut != server.cut:
         raise ValueError(f"the client is cut at {client.cut}, the server at {server.cut}")
-    session = Session(stream.bytes(SESSION_BYTES))
+    model = client.model
+    session = Session(stream.bytes(SESSION_BYTES), client.cut, model.width, model.layers)
     asking = SplitClient(
         session,
         client,

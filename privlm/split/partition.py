@@ -4,7 +4,7 @@ Shapes: T = positions of this call, D = width, V = vocabulary.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -93,9 +93,16 @@ def server_part(model: Decoder, cut: Cut) -> ServerPart:
     """The server's part; it shares its modules with ``model`` and holds no others.
 
     Raises:
-        ValueError: If the model has fewer blocks than the cut, or would apply dropout.
+        ValueError: If the model has fewer blocks than the cut, would apply dropout, or has
+            parameters or buffers outside its modules: the server would hold what may be the ends'.
     """
     _require_usable(model, cut)
+    own = [name for name, _ in _own_tensors(model)]
+    if own:
+        raise ValueError(
+            f"{type(model).__name__} itself holds {', '.join(own)}, which the server would get; "
+            "put them into a module of the ends or into the blocks"
+        )
     return ServerPart(_keeping(model, range(cut.first, cut.last), ends=False), cut)
 
 
@@ -107,8 +114,18 @@ def _like(model: Decoder) -> Tensor:
 def _require_usable(model: Decoder, cut: Cut) -> None:
     if cut.last > model.layers:
         raise ValueError(f"a cut at block {cut.last} does not fit a model of {model.layers} blocks")
+    require_no_dropout(model)
+
+
+def require_no_dropout(model: Decoder) -> None:
+    """Raise ValueError if the model would apply dropout."""
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         raise ValueError("the model would apply dropout to every answer; call its eval() first")
+
+
+def _own_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(recurse=False)
+    yield from model.named_buffers(recurse=False)
 
 
 def _keeping(model: Decoder, blocks: Iterable[int], *, ends: bool) -> Decoder:

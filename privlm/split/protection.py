@@ -4,18 +4,36 @@ Shapes: T = rows (one a token), D = width.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, ndtr
 from torch import Tensor
 
 from privlm.dp.noise import noised
 from protocols.errors import LocalProtocolError
 from protocols.randomness import Stream
+
+_SCALES = (1e-30, 1e30)
+"""Of noise and clip: no number that leaves can then overflow a float32, which would tell."""
+
+MIN_DELTA = 1e-12
+MIN_EPSILON = 1e-3
+"""Below these, float64's errors are no longer far below the margin kept of delta."""
+
+_DELTA_MARGIN = 0.1
+"""Part of delta that stays unused, for the tails and float64's errors."""
+
+_SPARSE_FROM = 7.0
+"""Deviations from which on the sampler's values, from uniforms of 53 bits, are sparser than the
+grid they are rounded to. They end at ``protocols.randomness.NORMAL_CUT``, 8.57."""
+
+_TAIL_SHARE = 0.1
+"""Part of delta that the sparse tails may take."""
 
 _MARGIN = 1e-9
 """Far more than float64 norms and roots err by; clipping and calibration both stay this far below
@@ -64,19 +82,28 @@ class GaussianNoise:
 
         δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ)        (Balle and Wang 2018, theorem 8).
 
+    The formula holds for exact normals. The sampler's are sparser than the grid they are rounded to
+    from about 7 deviations on, and end at 8.57: a row out there may rule another prompt out. Over
+    all rows this has a probability of about max_rows · Φ(2 · clip / noise_std - 7), by count a
+    quarter of it; parameters for which that exceeds δ / 10 are refused, and ε is computed at 0.9 δ.
+
+    A row that holds a NaN or an infinity, or whose norm overflows, becomes the zero row: something
+    is sent whatever the prompt.
+
     Generated tokens are computed from the server's answers, that is, from noised rows: they and the
     moment at which generation stops cost nothing more. By the same argument they are no secret
     from a server that knows the client's tail and head. Requests compose: k of the same user are
     one with k · max_rows rows.
 
     Args:
-        noise_std: Of the noise on every number, > 0.
-        clip: Greatest l2 norm of a row.
+        noise_std: Of the noise on every number, from 1e-30 to 1e30.
+        clip: Greatest l2 norm of a row, from 1e-30 to 1e30.
         max_rows: Rows that one request may send, prompt and generated tokens together.
-        delta: At which ``guarantee`` states ε.
+        delta: At which ``guarantee`` states ε; from 1e-12 to below 1.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or the noise too little for its tails.
+        TypeError: If ``max_rows`` is no integer.
     """
 
     noise_std: float
@@ -85,14 +112,17 @@ class GaussianNoise:
     delta: float
 
     def __post_init__(self) -> None:
-        for name in ("noise_std", "clip"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows must be positive, got {self.max_rows}")
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta must lie in (0, 1), got {self.delta}")
+        object.__setattr__(self, "max_rows", operator.index(self.max_rows))
+        _require_scale("noise_std", self.noise_std)
+        _require_public(self.clip, self.max_rows, self.delta)
+        beyond = self.max_rows * float(ndtr(2 * self.clip / self.noise_std - _SPARSE_FROM))
+        if beyond > _TAIL_SHARE * self.delta:
+            raise ValueError(
+                f"noise of {self.noise_std:g} is too little for rows clipped to {self.clip:g}: its "
+                f"tails are sparse from {_SPARSE_FROM:g} deviations on, and a row out there, of "
+                f"probability {beyond:.1g}, may tell prompts apart; that must be at most a tenth "
+                f"of delta, {self.delta:g}: ask for a smaller epsilon or a greater delta"
+            )
 
     @classmethod
     def for_budget(
@@ -100,19 +130,30 @@ class GaussianNoise:
     ) -> "GaussianNoise":
         """The least noise whose guarantee is (target_epsilon, delta), rounded up.
 
+        Args:
+            target_epsilon: From 1e-3 to 1e9.
+            delta: As of the class.
+            clip: As of the class.
+            max_rows: As of the class.
+
         Raises:
-            ValueError: If an argument is out of range.
+            ValueError: If an argument is out of range, or so little noise would have too short
+                tails.
+            TypeError: If ``max_rows`` is no integer.
         """
-        if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
-            raise ValueError(f"target_epsilon must be positive, got {target_epsilon}")
-        unit = cls(1.0, clip, max_rows, delta)  # checks the other arguments
-        mu = _root(lambda mu: gaussian_delta(target_epsilon, mu) - delta)
-        return cls(unit.l2_sensitivity / mu * (1 + _MARGIN), clip, max_rows, delta)
+        if not MIN_EPSILON <= target_epsilon <= 1e9:
+            raise ValueError(f"target_epsilon must lie in [0.001, 1e9], got {target_epsilon}")
+        max_rows = operator.index(max_rows)
+        _require_public(clip, max_rows, delta)
+        usable = (1 - _DELTA_MARGIN) * delta
+        mu = _root(lambda mu: gaussian_delta(target_epsilon, mu) - usable)
+        noise_std = _sensitivity(clip, max_rows) / mu * (1 + _MARGIN)
+        return cls(noise_std, clip, max_rows, delta)
 
     @property
     def l2_sensitivity(self) -> float:
         """Δ, of all rows of a request."""
-        return 2.0 * self.clip * math.sqrt(self.max_rows)
+        return _sensitivity(self.clip, self.max_rows)
 
     @property
     def mu(self) -> float:
@@ -120,22 +161,23 @@ class GaussianNoise:
         return self.l2_sensitivity / self.noise_std
 
     def guarantee(self) -> tuple[float, float]:
-        """(ε, δ) of a request at the stated δ, ε rounded up."""
-        mu = self.mu
-        if gaussian_delta(0.0, mu) <= self.delta:
+        """(ε, δ) of a request at the stated δ, ε rounded up: 0, or 1e-3 and more."""
+        mu, usable = self.mu, (1 - _DELTA_MARGIN) * self.delta
+        if gaussian_delta(0.0, mu) <= usable:
             return 0.0, self.delta
-        epsilon = _root(lambda epsilon: self.delta - gaussian_delta(epsilon, mu))
-        return epsilon * (1 + _MARGIN), self.delta
+        epsilon = _root(lambda epsilon: usable - gaussian_delta(epsilon, mu))
+        return max(epsilon * (1 + _MARGIN), MIN_EPSILON), self.delta
 
     def protect(self, rows_TD: Tensor, stream: Stream) -> Tensor:
         """Clip the rows and add noise to them."""
         return noised(self.clipped(rows_TD), self.noise_std, stream).float()
 
     def clipped(self, rows: Tensor) -> Tensor:
-        """Rows (…, D) in float64, none longer than ``clip``."""
+        """Rows (…, D) in float64, none longer than ``clip``; zeros for one of no finite norm."""
         rows = rows.to(torch.float64)
-        factor: Tensor = (self.clip * (1 - _MARGIN) / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
-        return rows * factor
+        norm = rows.norm(dim=-1, keepdim=True)
+        factor = (self.clip * (1 - _MARGIN) / norm).clamp(max=1)
+        return torch.where(norm.isfinite(), rows * factor, 0.0)
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
@@ -143,6 +185,24 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
     first = log_ndtr(mu / 2 - epsilon / mu)
     second = epsilon + log_ndtr(-mu / 2 - epsilon / mu)
     return float(math.exp(first) * -math.expm1(min(second - first, 0.0)))
+
+
+def _require_public(clip: float, max_rows: int, delta: float) -> None:
+    _require_scale("clip", clip)
+    if not 1 <= max_rows <= 1 << 31:
+        raise ValueError(f"max_rows must lie in [1, 2^31], got {max_rows}")
+    if not MIN_DELTA <= delta < 1:
+        raise ValueError(f"delta must lie in [1e-12, 1), got {delta}")
+
+
+def _require_scale(name: str, value: float) -> None:
+    low, high = _SCALES
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
+
+
+def _sensitivity(clip: float, max_rows: int) -> float:
+    return 2.0 * clip * math.sqrt(max_rows)
 
 
 def _root(increasing: Callable[[float], float]) -> float:

@@ -11,7 +11,7 @@ from privlm.split.messages import (
     unpack_rows,
 )
 from privlm.split.partition import ServerPart
-from protocols.errors import UnexpectedMessage
+from protocols.errors import NonFiniteResult, UnexpectedMessage
 from protocols.party import Outgoing, Party
 from protocols.randomness import Stream
 from protocols.wire import decode
@@ -24,15 +24,19 @@ class SplitServer(Party):
     sessions and never written to.
 
     Refused, with the party closed: another sender or session, rows out of order, of another width
-    or beyond the context, and numbers that are infinite or none.
+    or beyond the context, and numbers that are infinite or none, or that the blocks turn into such.
 
     Args:
         session: What both sides know.
         part: The server's blocks.
         stream: Of the party; the server draws nothing.
+
+    Raises:
+        ValueError: If the part is not the session's, or would apply dropout.
     """
 
     def __init__(self, session: Session, part: ServerPart, stream: Stream) -> None:
+        session.check_part(part)
         super().__init__(session.server, stream, {})
         self._session = session
         self._part = part
@@ -57,7 +61,10 @@ class SplitServer(Party):
                 f"{message.rows} rows of {message.width} numbers after {start}, where "
                 f"{model.context} of {model.width} fit"
             )
-        rows_TD = self._part.body(unpack_rows(message, self._session, start), self._cache)
+        received_TD = unpack_rows(message, self._session, start)
+        rows_TD = self._part.body(received_TD, self._cache).float()
+        if not rows_TD.isfinite().all():
+            raise NonFiniteResult("what the server's blocks make of the rows is not finite")
         return [
             Outgoing(self._session.client, pack_rows(ServerRows, self._session, start, rows_TD))
         ]

@@ -5,9 +5,14 @@ but the last the keystream under a seed. Server i sums what it holds over the cl
 servers hold, y_i = Σ_{c in U} [x_c]_i; the collector opens Σ_i y_i = Σ_{c in U} x_c.
 
 Claim: any s - 1 servers and the collector together, whatever they send, learn of the honest
-clients' updates their sum over one set U and nothing else. Assumed: private, authenticated channels
-between all parties; one honest server; a secret stream for each client; AES-CTR and HMAC-SHA256
-as in `Stream`.
+clients' updates their sum over one set U and nothing else.
+
+Assumed:
+- Private, authenticated channels between all parties.
+- One honest server, which answers a session once, over restarts too: a second answer, over other
+  clients, would give away the difference. Nothing here is written to disk; its host must see to it.
+- Clients that upload the shares of one sharing to one session only, for the same reason.
+- A secret stream for each client; AES-CTR and HMAC-SHA256 as in `Stream`.
 
 Not claimed:
 - A correct result from dishonest parties. Nothing proves a share: a server that changes its own,
@@ -15,6 +20,9 @@ Not claimed:
 - That U is large. Dishonest servers may leave clients out, down to `min_clients`; clients in U that
   collude can subtract their own updates; the sums of two rounds may differ in one client.
 - Privacy of the sum itself; that is for noise to give.
+- That U tells nothing. A client's absence may: an update with a NaN in it, say, is never sent.
+- That a round ends. Any message that is refused closes the party that refused it, and with it the
+  round for all; one client is enough.
 
 Public: the names of all parties, P, the encoding, who uploaded to which server, and U.
 
@@ -57,8 +65,8 @@ class Client(Party, Generic[A]):
     |----------|---------------------------|----------|
     | start    | one upload to each server | finished |
 
-    Memory: one encoded update and its bytes. Sends 32 bytes to each server but the last and
-    P ring elements to the last, with fewer than 150 bytes around each.
+    Memory: four encoded updates while the last upload is packed. Sends 32 bytes to each server but
+    the last and P ring elements to the last, with fewer than 150 bytes around each.
 
     Attributes:
         clipped_fraction: share of the update's entries beyond the encoding's clip; for the
@@ -109,21 +117,23 @@ class Server(Party, Generic[A]):
     | gathering | kept; after the last:    | kept                | sends its holding → comparing |
     |           | sends its holding        |                     |                               |
     |           | → comparing              |                     |                               |
-    | comparing | late: not taken          | kept; after the     | the first: waits on;          |
+    | comparing | late: dropped unread     | kept; after the     | the first: waits on;          |
     |           |                          | last: sends its sum | the second: PeersMissing      |
     |           |                          | → finished          |                               |
 
     The first deadline ends the gathering at all servers, the second the comparing: a server that
     has everybody's upload waits for those that do not. Both may be one timer's.
 
-    A holding that has been sent is final, so a client whose upload comes later is left out by all.
-    Refused in both states: a second upload or holding of one sender, and whatever `decode` or the
-    cohort refuses. Below `min_clients`, in its own holding or in the intersection, a server sends
-    nothing and is closed.
+    A holding that has been sent is final, so a client whose upload comes later is left out by all;
+    whatever else such a client sends is dropped unread as well, repeats and rubbish included.
+    Refused in both states: a second upload of a client that is held, a second holding of one
+    server, and, where it is read, whatever `decode` or the cohort refuses. Below `min_clients`, in
+    its own holding or in the intersection, a server sends nothing and is closed.
 
-    Memory: 32 bytes a client and P elements of sum; the last server holds K·P elements until the
-    other holdings are in. Receives from each client what that one sends; sends each other server
-    the names it holds, and the collector those names and P elements.
+    Memory: 32 bytes a client; the last server holds K·P elements until the other holdings are in,
+    and 2·P more while it reads an upload. Every server takes 4·P more for its sum and the packing
+    of it. Receives from each client what that one sends; sends each other server the names it
+    holds, and the collector those names and P elements.
 
     Args:
         name: one of the cohort's servers.
@@ -214,7 +224,7 @@ class Collector(Party, Generic[A]):
     Shares over different sets of clients are refused as InconsistentSurvivors, a second share of
     one server as DuplicateShare, a share over fewer than `min_clients` as TooFewClients.
 
-    Memory: s·P ring elements and the sum. Sends nothing.
+    Memory: (s + 2)·P ring elements at most, while it opens the sum. Sends nothing.
 
     Args:
         name: the cohort's collector.

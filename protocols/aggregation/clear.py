@@ -46,7 +46,8 @@ class Client(Party, Generic[A]):
     | the sum  | decodes it into `result`    | finished |
     | deadline | PeersMissing                | failed   |
 
-    Memory: two encoded updates. Sends and receives P ring elements, with the names in the sum.
+    Memory: four encoded updates while its own is packed. Sends and receives P ring elements, with
+    the names in the sum.
 
     Attributes:
         clipped_fraction: as in :class:`protocols.aggregation.additive.Client`.
@@ -102,7 +103,8 @@ class Collector(Party, Generic[A]):
 
     Below `min_clients` it sends nothing and is closed by TooFewClients.
 
-    Memory: P elements. Receives P elements from each client and sends each P and the names.
+    Memory: P elements, and 4·P more while the sum is packed. Receives P elements from each client
+    and sends each P and the names.
 
     Args:
         name: the cohort's collector.

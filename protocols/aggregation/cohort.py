@@ -21,6 +21,7 @@ from protocols.wire import HEADER_BYTES, Message
 A = TypeVar("A")
 
 MAX_NAME = 64
+MAX_CONTEXT = 64
 MAX_CLIENTS = 1 << 20
 MAX_SERVERS = 1 << 10
 DIGEST_BYTES = 32
@@ -52,6 +53,8 @@ class Cohort(Generic[A]):
         length: P, entries of an update.
         encoding: of an entry, with room for the sum of all clients.
         min_clients: at least 2; of fewer clients nothing is summed.
+        context: up to 64 bytes for what else the host wants all parties to agree on, such as the
+            digest of what an update's entries mean.
 
     Raises:
         ValueError: an argument is out of range, two parties have one name, or a sum could wrap.
@@ -65,6 +68,7 @@ class Cohort(Generic[A]):
     length: int
     encoding: FixedPoint[A]
     min_clients: int
+    context: bytes = b""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clients", tuple(self.clients))
@@ -91,6 +95,8 @@ class Cohort(Generic[A]):
                 f"{len(self.clients)} clients, where at least {self.min_clients} are wanted and "
                 f"the encoding has room for {self.encoding.clients}"
             )
+        if not isinstance(self.context, bytes) or len(self.context) > MAX_CONTEXT:
+            raise ValueError(f"context must be at most {MAX_CONTEXT} bytes")
 
     @property
     def parties(self) -> tuple[str, ...]:
@@ -110,6 +116,7 @@ class Cohort(Generic[A]):
             self.length,
             (encoding.clip, encoding.bits, encoding.clients, encoding.ring.name),
             self.min_clients,
+            self.context,
         )
         return hashlib.sha256(msgspec.msgpack.encode(description)).digest()
 

@@ -7,6 +7,7 @@ from torch import nn
 from privlm.federated import Layout, UnexpectedTensors, gradient_update
 from privlm.models import TinyConfig, TinyDecoder, per_example_loss
 from protocols.aggregation import Cohort, additive
+from protocols.errors import WrongSession
 from protocols.fixed_point import FixedPoint
 from protocols.randomness import Stream
 from protocols.ring import Z_2_64
@@ -52,6 +53,34 @@ class TestLayout:
         for name, tensor in tensors.items():
             assert torch.equal(back[name], tensor)
             assert torch.equal(vector_P[layout.slices[name]], tensor.reshape(-1))
+
+    def test_a_round_of_one_layout_takes_no_update_of_another(self, tensors):
+        """Of one length, they would be summed entry by entry: the cohort's context tells."""
+
+        def cohort(layout):
+            return Cohort(
+                session=b"session of tests",
+                clients=("a", "b"),
+                servers=("s", "t"),
+                collector="c",
+                length=layout.length,
+                encoding=FixedPoint(clip=1.0, bits=16, clients=2, ring=Z_2_64),
+                min_clients=2,
+                context=bytes.fromhex(layout.digest),
+            )
+
+        ours = cohort(Layout.of(tensors))
+        theirs = cohort(Layout.of(dict(reversed(tensors.items()))))
+        stream = Stream(bytes(32), "test")
+        upload, _ = additive.Client("a", theirs, torch.zeros(12), stream).start()
+        for description, error in ((theirs, None), (ours, WrongSession)):
+            server = additive.Server("s", description, stream)
+            server.start()
+            if error is None:
+                assert server.receive("a", upload.data) == []
+            else:
+                with pytest.raises(error):
+                    server.receive("a", upload.data)
 
     def test_the_vector_is_a_copy_and_its_tensors_are_not(self, tensors):
         layout = Layout.of({"matrix": tensors["matrix"]})

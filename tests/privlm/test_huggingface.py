@@ -13,6 +13,7 @@ from privlm.models import TinyConfig, TinyDecoder, generate
 from privlm.models.huggingface import Gpt2Decoder, ModelError, load_causal_lm
 
 transformers = pytest.importorskip("transformers")
+import safetensors.torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 CONFIG = {
@@ -202,12 +203,43 @@ def test_positions_beyond_the_context_are_refused(loaded):
         loaded(ids[0])
 
 
-def test_loading_touches_no_network(folder, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("a connection was opened")
+class Opened(Exception):
+    """Not an OSError, which the hub's client would try again and swallow."""
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert load_causal_lm(str(folder)).model.layers == 3
+
+@pytest.fixture
+def network(monkeypatch):
+    """All attempts to reach another machine; none of them succeeds."""
+    attempts = []
+
+    def record(*arguments, **_):
+        attempts.append(arguments)
+        raise Opened(str(arguments))
+
+    for owner, name in (
+        (socket, "getaddrinfo"),
+        (socket, "gethostbyname"),
+        (socket.socket, "connect"),
+        (socket.socket, "connect_ex"),
+        (socket.socket, "sendto"),
+    ):
+        monkeypatch.setattr(owner, name, record)
+    return attempts
+
+
+def test_loading_touches_no_network(folder, network):
+    assert load_causal_lm(str(folder)).tokenizer is not None
+    assert network == []
+
+
+def test_a_name_on_the_hub_would_have_been_noticed(network, monkeypatch):
+    """Else the test above could not fail."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Exception):  # noqa: B017, PT011  (which one is the hub's client's affair)
+        transformers.AutoConfig.from_pretrained("privlm-tests/no-such-model")
+    assert network
 
 
 class Bomb:
@@ -232,11 +264,64 @@ def test_a_pickle_is_never_opened(tmp_path):
         load_causal_lm(tmp_path)
 
 
+def shard(folder, name):
+    """Put all weights where the index says ``name``."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    keys = [key for key in gpt2().state_dict() if key != "lm_head.weight"]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_an_index_leads_to_safetensors_files_of_the_folder_alone(tmp_path):
+    """transformers opens what the index names: a pickle, or a file anywhere on the machine."""
+    other, folder = tmp_path / "other", tmp_path / "folder"
+    for path in (other, folder):
+        gpt2().save_pretrained(path)
+    state = {key: value.clone() for key, value in gpt2().state_dict().items()}
+    del state["lm_head.weight"]
+    torch.save(state, folder / "weights.bin")
+    weights = (folder / "model.safetensors").read_bytes()
+    for name in (
+        "weights.bin",
+        "../other/model.safetensors",
+        str(other / "model.safetensors"),
+        "nowhere.safetensors",
+        "weights.safetensors/../weights.bin",
+    ):
+        shard(folder, name)
+        with pytest.raises(ModelError, match="which is no safetensors file in the folder"):
+            load_causal_lm(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_causal_lm(folder)
+    shard(folder, "all.safetensors")
+    (folder / "all.safetensors").write_bytes(weights)
+    assert load_causal_lm(folder).model.layers == 3  # a good index is followed
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "theirs.safetensors.index.json"])
+def test_the_config_names_no_weights_of_its_own(tmp_path, name):
+    """transformers would open an adapter_model.bin, or an index that nobody has looked at."""
+    gpt2().save_pretrained(tmp_path)
+    changed(tmp_path, transformers_weights=name)
+    shard(tmp_path, "weights.bin")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "theirs.safetensors.index.json")
+    state = {key: value.clone() for key, value in gpt2().state_dict().items()}
+    torch.save(state, tmp_path / "weights.bin")
+    torch.save(state, tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match="take transformers_weights out"):
+        load_causal_lm(tmp_path)
+
+
+def changed(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 def test_code_in_the_folder_is_never_run(tmp_path):
     gpt2().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
     names = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    changed(tmp_path, auto_map=names)
     (tmp_path / "theirs.py").write_text("raise SystemExit('it ran')")
     assert load_causal_lm(tmp_path).model.layers == 3
 
@@ -247,6 +332,52 @@ def test_missing_weights_are_not_made_up(tmp_path, original):
     original.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"lacks weights .* transformer\.h\.1\.mlp\.c_fc\.weight"):
         load_causal_lm(tmp_path)
+
+
+def test_weights_without_a_place_are_not_dropped(tmp_path, original):
+    """An adapter that was never merged, or a block too many: another model would be run."""
+    original.save_pretrained(tmp_path)
+    changed(tmp_path, n_layer=2)
+    with pytest.raises(ModelError, match=r"has no place for, such as transformer\.h\.2\."):
+        load_causal_lm(tmp_path)
+    adapted = {key: value.clone() for key, value in original.state_dict().items()}
+    del adapted["lm_head.weight"]
+    adapted["transformer.h.0.attn.c_attn.lora_A.weight"] = torch.ones(4, 32)
+    changed(tmp_path, n_layer=3)
+    safetensors.torch.save_file(adapted, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"such as transformer\.h\.0\.attn\.c_attn\.lora_A"):
+        load_causal_lm(tmp_path)
+
+
+@torch.no_grad()
+def test_masks_that_older_checkpoints_carry_are_no_weights(tmp_path, original, ids):
+    original.save_pretrained(tmp_path)
+    state = {key: value.clone() for key, value in original.state_dict().items()}
+    del state["lm_head.weight"]
+    for layer in range(3):
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_causal_lm(tmp_path).model(ids), Gpt2Decoder(original)(ids))
+
+
+def test_another_head_is_not_taken_for_a_language_models(tmp_path):
+    config = transformers.GPT2Config(**CONFIG, pad_token_id=0, num_labels=2)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="holds a GPT2ForSequenceClassification"):
+        load_causal_lm(tmp_path)
+    gpt2().save_pretrained(tmp_path)
+    changed(tmp_path, architectures=None)  # says nothing: the weights decide
+    assert load_causal_lm(tmp_path).model.layers == 3
+
+
+def test_an_error_without_words_is_named(folder, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"cannot be loaded \(AssertionError\)"):
+        load_causal_lm(folder)
 
 
 def test_each_refusal_says_how_to_mend_it(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ fresh ones.
 """
 
 import dataclasses
+import hashlib
 from itertools import combinations
 
 import numpy as np
@@ -179,6 +180,31 @@ def test_all_servers_but_one_hold_uniform_bytes(streams, servers):
     everything = additive.held_together(views, cohort)
     assert everything["client 0"].tolist() == [7] * 20_000
     assert uniform(everything["client 0"]) < 1e-10
+
+
+def test_a_clients_seeds_are_the_next_bytes_of_its_own_stream(streams, updates):
+    """Each seed alone is uniform even where one follows from another; only the draw shows it.
+
+    A server that could derive its neighbour's seed from its own would be two servers.
+    """
+    cohort = cohort_of(clients=2, servers=4)
+    seeds, views = [], []
+    for name, update_P in zip(cohort.clients, updates(cohort), strict=True):
+        source = streams(cohort)[name]
+        client = additive.Client(name, cohort, update_P, source)
+        views.append(client.view(()))
+        uploads = [decode(out.data, SeedUpload, max_bytes=MAX) for out in client.start()[:-1]]
+        assert [upload.index for upload in uploads] == [0, 1, 2]
+        seeds.append(b"".join(upload.seed for upload in uploads))
+    # The party's own seed is the first draw from the stream it was given.
+    party_seed = Stream(SEED, "aggregation").bytes(32)
+    assert seeds[0] == Stream(party_seed, "privlm/party/v1").bytes(3 * 32)
+    assert seeds == [view.stream().bytes(3 * 32) for view in views]
+    # By HKDF and AES of the cryptography package alone.
+    assert (
+        hashlib.sha256(seeds[0]).hexdigest()
+        == "a14caac29c772795f96688cb8dd2128ad19d889a22e9132a4ee3ebb353204596"
+    )
 
 
 def test_a_repeated_stream_is_rejected_by_the_same_test(updates):
@@ -462,6 +488,19 @@ def test_duplicates_are_refused(sent):
     assert {servers[0].state, servers[1].state, collector.state} == {State.FAILED}
 
 
+def test_what_comes_late_is_dropped_unread(sent):
+    """As documented: of a client that is not held, rubbish and repeats change nothing."""
+    cohort = cohort_of()
+    (first, second), _, uploads = sent(cohort)
+    give(first, uploads, "client 0", "client 1")
+    assert len(first.deadline()) == 1
+    late = uploads["client 2", 0]
+    assert [first.receive("client 2", data) for data in (b"", b"rubbish", late, late)] == [[]] * 4
+    [holding] = give(second, uploads, *cohort.clients)
+    [share] = first.receive("server 1", holding.data)
+    assert decode(share.data, SumShare, max_bytes=MAX).clients == ("client 0", "client 1")
+
+
 def test_an_upload_is_taken_once_even_after_the_holding_is_final(sent):
     servers, _, uploads = sent(COHORT)
     give(servers[0], uploads, *COHORT.clients)
@@ -530,6 +569,8 @@ def test_roles_belong_to_names(streams, role):
         ({"length": 1 << 29}, "length"),
         ({"min_clients": 1}, "hide nothing"),
         ({"min_clients": 4}, "at least 4"),
+        ({"context": bytes(65)}, "at most 64 bytes"),
+        ({"context": "text"}, "at most 64 bytes"),
         (
             {"encoding": FixedPoint(clip=1.0, bits=16, clients=2, ring=Z_2_64)},
             "the encoding has room for 2",
@@ -553,6 +594,8 @@ def test_whoever_holds_another_description_is_in_another_round():
             {"collector": "another"},
             {"length": 3},
             {"min_clients": 3},
+            {"context": b"embedding first"},
+            {"context": b"embedding last"},
             {"encoding": dataclasses.replace(encoding, clip=1.0)},
             {"encoding": dataclasses.replace(encoding, bits=17)},
             {"encoding": dataclasses.replace(encoding, clients=4)},
@@ -560,6 +603,7 @@ def test_whoever_holds_another_description_is_in_another_round():
         )
     ]
     digests = {cohort.digest for cohort in (COHORT, *others)}
-    assert len(digests) == 12
+    assert len(digests) == 14
+    assert len(dataclasses.replace(COHORT, context=bytes(64)).digest) == 32
     same = dataclasses.replace(COHORT, clients=list(COHORT.clients))
     assert (same, same.digest) == (COHORT, COHORT.digest)

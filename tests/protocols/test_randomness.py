@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from protocols.errors import KeystreamReused
-from protocols.randomness import Keystream, Stream, hkdf_sha256
+from protocols.randomness import NORMAL_CUT, Keystream, Stream, hkdf_sha256
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "tests" / "vectors"
@@ -511,6 +511,22 @@ def test_normals_are_finite_at_the_extreme_words(word, largest):
     drawn = Constant(bytes(32), "extreme").standard_normal(10)
     assert np.isfinite(drawn).all()
     assert abs(drawn).max() < largest
+
+
+def test_the_tails_of_normals_end_where_the_constant_says():
+    """At the shortest uniform; the next one already gives less, and so do all others."""
+
+    class Chosen(Stream):
+        __slots__ = ()
+        uniform = 0
+
+        def _words(self, count):
+            return np.tile(np.array([self.uniform << 11, 1 << 63], np.uint64), count // 2)
+
+    stream = Chosen(bytes(32), "tail")
+    assert stream.standard_normal(2)[0] == pytest.approx(NORMAL_CUT, rel=1e-15)
+    Chosen.uniform = 1
+    assert stream.standard_normal(2)[0] < NORMAL_CUT - 0.08
 
 
 def test_streams_of_different_labels_are_independent(stream):
