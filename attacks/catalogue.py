@@ -10,8 +10,14 @@ from attacks.membership import MEMBERSHIP
 from attacks.protocol import matching
 from attacks.threat import Attack
 
-ATTACKS: dict[str, Attack[Any]] = {
-    attack.name: attack
-    for attack in (*MEMBERSHIP, span, matching, nearest_neighbour, with_prior, distinguish)
-}
+_EVERY: tuple[Attack[Any], ...] = (
+    *MEMBERSHIP,
+    span,
+    matching,
+    nearest_neighbour,
+    with_prior,
+    distinguish,
+)
+
+ATTACKS: dict[str, Attack[Any]] = {attack.name: attack for attack in _EVERY}
 """By the names that a suite uses."""

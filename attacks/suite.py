@@ -80,10 +80,10 @@ class SuiteConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         _refuse_repeated([protection.name for protection in self.protections])
 
 
-def _refuse_repeated(names: list[str]) -> None:
+def _refuse_repeated(names: list[str], of: str = "protections") -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"protections: the name {name!r} stands twice")
+            raise ValueError(f"{of}: the name {name!r} stands twice")
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,21 @@ class ProtectionResult:
 
     @property
     def status(self) -> Status:
-        """The verdict over all findings: a leak anywhere is a leak."""
-        statuses = {finding.status for finding in self.findings}
-        for status in (Status.LEAK, Status.WITHIN_CLAIM, Status.NO_EVIDENCE, Status.NOT_EVALUABLE):
-            if status in statuses:
-                return status
+        """The verdict over all findings.
+
+        A leak anywhere is a leak. That nothing leaks has to hold for every figure that was held
+        against it, while ε is bounded by whatever could bound it; a claim that nothing was held
+        against is not evaluable.
+        """
+        statuses = {finding.status for finding in self.findings} - {Status.NOT_APPLICABLE}
+        if Status.LEAK in statuses:
+            return Status.LEAK
+        if self.claim.nothing_leaks:
+            return Status.NO_EVIDENCE if statuses == {Status.NO_EVIDENCE} else Status.NOT_EVALUABLE
+        if Status.WITHIN_CLAIM in statuses:
+            return Status.WITHIN_CLAIM
+        if statuses or self.claim.promises:
+            return Status.NOT_EVALUABLE
         return Status.NOT_APPLICABLE
 
 
@@ -196,6 +206,8 @@ def run_suite(
     every = (*config.protections, *protections)
     _refuse_repeated([protection.name for protection in every])
     chosen = (*(ATTACKS[name] for name in config.measurement.attacks), *attacks)
+    _refuse_repeated([attack.name for attack in chosen], "attacks")
+    _refuse_unseen(every, chosen)
     scene = prepare(
         config.setup,
         every,
@@ -237,6 +249,17 @@ def run_suite(
     )
 
 
+def _refuse_unseen(protections: Sequence[Protection], attacks: Sequence[Attack[Any]]) -> None:
+    seen = {attack.sees for attack in attacks}
+    for protection in protections:
+        for view in protection.shows:
+            if view not in seen:
+                raise ValueError(
+                    f"measurement.attacks: none of them sees a {view.__name__}, which "
+                    f"{protection.name!r} shows; name one that does"
+                )
+
+
 def _audit(
     scene: Scene,
     protection: Protection,
@@ -271,6 +294,7 @@ _COUNTED = {
     "uploads": "uploads in the matching game",
     "prompts": "tokens of prompts",
     "requests": "requests told apart",
+    "canary rows": "requests of canary rows",
 }
 
 
@@ -297,7 +321,7 @@ def with_positive_control(
     not have contradicted the claim; that it did not is no finding.
     """
     unprotected = {
-        (finding.attack, finding.population): finding.lower_bound
+        (finding.attack, finding.population, finding.metric): finding.lower_bound
         for result in results
         if not result.claim.promises
         for finding in result.findings
@@ -318,14 +342,15 @@ def with_positive_control(
 def _controlled(
     finding: Finding,
     epsilon: float | None,
-    unprotected: dict[tuple[str, Population], float],
+    unprotected: dict[tuple[str, Population, str], float],
 ) -> Finding:
     if finding.status is not Status.WITHIN_CLAIM or epsilon is None:
         return finding
-    shown = unprotected.get((finding.attack, finding.population))
+    shown = unprotected.get((finding.attack, finding.population, finding.metric))
     if shown is None:
         reason = (
-            "nothing unprotected shows what this attack can do; add the baseline of this moment"
+            "nothing unprotected shows what this attack can do at this δ; add the baseline of this "
+            "moment"
         )
     elif shown <= epsilon:
         reason = (

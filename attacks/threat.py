@@ -1,7 +1,8 @@
 """What is promised, what the adversary sees, and what an attack returns.
 
 No type here holds the ground truth: which records were trained on, which text a client
-held, lives in :mod:`attacks.targets` and meets the scores in :mod:`attacks.scoring` alone.
+held, lives in :mod:`attacks.targets` and meets the scores in :mod:`attacks.scoring` alone. (Python
+hides nothing: an attack that digs in the closures of its view cheats.)
 
 Shape suffixes: N candidate records or trials, T tokens a record, V vocabulary, C candidates
 of one choice, B records or prefixes at once, t tokens of a prefix, D width, K clients,
@@ -26,7 +27,9 @@ from attacks.statistics import Estimate
 Logits = Callable[[Tensor], Tensor]
 """ids (B, T) -> logits (B, T, V); position t predicts token t + 1."""
 
-Population = Literal["text", "canaries", "secrets", "texts", "uploads", "prompts", "requests"]
+Population = Literal[
+    "text", "canaries", "secrets", "texts", "uploads", "prompts", "requests", "canary rows"
+]
 
 
 class Moment(StrEnum):

@@ -99,8 +99,9 @@ def _nearest(view: SentActivations) -> Reconstruction:
 
 
 def _with_prior(view: SentActivations) -> Reconstruction:
-    known = closeness if view.noise_std == 0 else posterior
-    return _reconstruction("nearest neighbour with prior", read(view, known, BEAM))
+    if view.noise_std == 0:  # nothing to weigh the prior against
+        return _reconstruction("nearest neighbour with prior", read(view, closeness))
+    return _reconstruction("nearest neighbour with prior", read(view, posterior, BEAM))
 
 
 def _prior_only(view: SentActivations) -> Reconstruction:

@@ -32,6 +32,7 @@ _TITLES: dict[Population, str] = {
     "uploads": "Uploads matched",
     "prompts": "Prompts",
     "requests": "Requests told apart",
+    "canary rows": "Canary rows told apart",
 }
 _DANGERS = {
     Moment.TRAINING: "what the released model tells of the records it was trained on",

@@ -14,7 +14,7 @@ from attacks.scoring.choices import choice_finding
 from attacks.scoring.coins import coin_finding, scores_of
 from attacks.scoring.measurement import Curve, Measured, Measurement
 from attacks.scoring.membership import measure_membership, statements
-from attacks.scoring.texts import text_finding
+from attacks.scoring.texts import SUCCESSES, text_finding
 from attacks.statistics import simultaneous_confidence
 from attacks.targets import Choices, Coins, Target, Task, Texts, Truth
 from attacks.threat import Attack, Claim, Finding, ReleasedModel, Scores
@@ -78,6 +78,10 @@ def measure(
                     for a in chosen
                 ]
             case Coins() as truth:
+                if target.claim.nothing_leaks:
+                    raise ValueError(
+                        "coins bound ε; that nothing leaks is tried by choices or by texts"
+                    )
                 findings += [
                     _coins(a, task, truth, target, measurement, confidence, rng) for a in chosen
                 ]
@@ -92,7 +96,7 @@ def _judged(truth: object, attacks: int, claim: Claim) -> int:
         case Coins():
             return attacks
         case Texts():
-            return 2 * attacks if claim.nothing_leaks else 0
+            return len(SUCCESSES) * attacks if claim.nothing_leaks else 0
         case _:
             return attacks if claim.nothing_leaks else 0
 

@@ -5,11 +5,13 @@ Shape suffixes: N trials, C options.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
 from attacks.scoring.coins import scores_of
-from attacks.scoring.secrecy import CONFIDENCE, judge_secrecy
+from attacks.scoring.secrecy import CONFIDENCE, Figure, judge_secrecy
 from attacks.scoring.texts import weakened_control
 from attacks.statistics import Estimate, rate, simultaneous_confidence
 from attacks.targets import Choices, Task
@@ -39,21 +41,26 @@ def choice_finding(
         confidence = simultaneous_confidence(CONFIDENCE, judged)
     hits = named(attack, task, truth)
     estimate = rate(int(hits.sum()), len(hits), confidence)
+    figure = Figure(estimate, chance, estimate.interval.low > chance)
     controls = []
     if claim.nothing_leaks:
-        weakened = _weakened(attack, task)
-        if weakened is not None:
-            controls.append(weakened_control(weakened))
-        status, reason = judge_secrecy(estimate, len(hits), chance, weakened)
-    elif estimate.interval.low > chance:
-        status, reason = Status.LEAK, "uploads are told apart, and nothing was claimed"
+        weakened = [_weakened(attack, weak) for weak in task.weakened]
+        controls = [
+            weakened_control(weak.broken, reached)
+            for weak, reached in zip(task.weakened, weakened, strict=True)
+        ]
+        status, reason = judge_secrecy(figure, len(hits), weakened)
+    elif claim.epsilon is not None:
+        status, reason = _judge_epsilon(estimate, truth.options, claim)
+    elif figure.above_chance:
+        status, reason = Status.LEAK, "choices are told apart, and nothing was claimed"
     else:
         status = Status.NOT_EVALUABLE
         reason = "nothing was claimed and this attack found nothing"
     return Finding(
         attack=attack.name,
         population=task.population,
-        metric=f"uploads matched to one of {truth.options} updates",
+        metric=f"{task.population} matched to one of {truth.options}",
         estimate=estimate,
         n=len(hits),
         controls=tuple(controls),
@@ -61,6 +68,19 @@ def choice_finding(
         reason=reason,
         chance=chance,
     )
+
+
+def _judge_epsilon(estimate: Estimate, options: int, claim: Claim) -> tuple[Status, str]:
+    """Under (ε, δ), one of C is named with probability e^ε/(e^ε + C - 1) + δ at most.
+
+    With s the success over uniform choices, P[i named | i] <= e^ε P[i named | j] + δ for every
+    other j; summed over i and j: s <= e^ε (1 - s)/(C - 1) + δ.
+    """
+    assert claim.epsilon is not None
+    most = 1 / (1 + (options - 1) * math.exp(-claim.epsilon)) + (claim.delta or 0.0)
+    if estimate.interval.low > most:
+        return Status.LEAK, f"more than the {most:.2%} that the claimed ε allows"
+    return Status.NOT_APPLICABLE, f"the claimed ε allows {most:.2%}; it is held against coins"
 
 
 def named(attack: Attack[object], task: Task, truth: Choices) -> npt.NDArray[np.bool_]:
@@ -80,10 +100,7 @@ def named(attack: Attack[object], task: Task, truth: Choices) -> npt.NDArray[np.
     return hits
 
 
-def _weakened(attack: Attack[object], task: Task) -> Estimate | None:
-    if task.weakened is None:
-        return None
-    truth = task.weakened.truth
-    assert isinstance(truth, Choices)
-    hits = named(attack, task.weakened, truth)
+def _weakened(attack: Attack[object], weak: Task) -> Estimate:
+    assert isinstance(weak.truth, Choices)
+    hits = named(attack, weak, weak.truth)
     return rate(int(hits.sum()), len(hits))

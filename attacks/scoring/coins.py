@@ -82,7 +82,7 @@ def coin_finding(
         rng: for label permutations.
     """
     bound = one_run_audit(scores_N, member_N, delta=delta, confidence=confidence)
-    units = "requests" if population == "requests" else "records"
+    units = "requests" if population in ("requests", "canary rows") else "records"
     status, reason = judge_epsilon(bound, claim, units)
     further = {"AUC": auc(scores_N, member_N, measurement.confidence)}
     try:

@@ -6,12 +6,13 @@ Shape suffixes: N victims.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+from scipy import special
 from scipy.optimize import linear_sum_assignment
 
-from attacks.scoring.secrecy import CONFIDENCE, judge_secrecy
+from attacks.scoring.secrecy import CONFIDENCE, Figure, judge_secrecy
 from attacks.statistics import Estimate, bounded_mean, simultaneous_confidence
 from attacks.targets import Task, Texts
 from attacks.threat import (
@@ -26,7 +27,8 @@ from attacks.threat import (
 
 Text = tuple[int, ...]
 OneVictims = tuple[Text, ...]
-Success = Callable[[Recovered, OneVictims], float]
+Success = Callable[[Recovered, OneVictims, frozenset[Text]], float]
+"""What was made of a victim, its texts, and the texts found anywhere -> a share in [0, 1]."""
 
 
 def text_finding(
@@ -34,9 +36,9 @@ def text_finding(
 ) -> Finding:
     """Which share of the tokens the attack got right, at their places.
 
-    The victim is the unit of every interval: the tokens of one text are not independent. Chance is
-    what the same reconstructions reach against the texts of the next victim: 0 for an attack that
-    is silent when it does not know.
+    The victim is the unit of every interval: the tokens of one text are not independent. What is
+    held against a claim are the tokens in order, the tokens as a set, and the texts found anywhere,
+    linked to their owner or not.
 
     Args:
         attack: returns a :class:`Reconstruction` of the task's victims.
@@ -47,31 +49,38 @@ def text_finding(
         judged: intervals that are held against the claim together.
     """
     recovered = _reconstruct(attack, task.view, truth)
-    if claim.nothing_leaks:
-        confidence = simultaneous_confidence(CONFIDENCE, judged)
-    in_order_, as_set_ = (
-        _against_chance(measure, recovered, truth, confidence) for measure in (in_order, as_set)
+    together = (
+        simultaneous_confidence(CONFIDENCE, judged)
+        if claim.nothing_leaks
+        else simultaneous_confidence(confidence, len(SUCCESSES))
     )
+    if claim.nothing_leaks:
+        confidence = together
+    figures = {
+        name: _against_decoys(success, recovered, truth, confidence, together)
+        for name, success in SUCCESSES.items()
+    }
     tokens = sum(len(text) for texts in truth.victims for text in texts)
     guessed = _share_guessed(truth)
     controls = [Control("the most frequent public token everywhere", guessed, guessed, guessed)]
     if claim.nothing_leaks:
-        weakened = _weakened(attack, task)
-        if weakened is not None:
-            controls.append(weakened_control(weakened))
-        status, reason = max(
-            (
-                judge_secrecy(figure.estimate, tokens, figure.chance, weakened)
-                for figure in (in_order_, as_set_)
-            ),
-            key=lambda judgement: _SEVERITY[judgement[0]],
-        )
+        broken = [(weak, *_weakened(attack, weak)) for weak in task.weakened]
+        verdicts = []
+        for name, success in SUCCESSES.items():
+            weakened = [_figure(success, made, there.victims) for _, made, there in broken]
+            verdicts.append(judge_secrecy(figures[name], tokens, weakened))
+            if name == IN_ORDER:
+                controls += [
+                    weakened_control(weak.broken, estimate)
+                    for (weak, *_), estimate in zip(broken, weakened, strict=True)
+                ]
+        status, reason = max(verdicts, key=lambda verdict: SEVERITY[verdict[0]])
     elif claim.epsilon is not None:
         status = Status.NOT_APPLICABLE
-        reason = "shown beside the claim; ε is held against the coins of the requests"
-    elif in_order_.beats_chance:
+        reason = "shown beside the claim; ε is held against coins"
+    elif figures[IN_ORDER].above_chance or figures[EXACTLY].above_chance:
         status, reason = Status.LEAK, "text is recovered, and nothing was claimed"
-    elif as_set_.beats_chance:
+    elif figures[AS_SET].above_chance:
         status = Status.LEAK
         reason = "which tokens occur is recovered, if not their order, and nothing was claimed"
     else:
@@ -83,54 +92,63 @@ def text_finding(
     return Finding(
         attack=attack.name,
         population=task.population,
-        metric="tokens recovered in order",
-        estimate=in_order_.estimate,
+        metric=IN_ORDER,
+        estimate=figures[IN_ORDER].estimate,
         n=tokens,
         controls=tuple(controls),
         status=status,
         reason=reason,
-        chance=in_order_.chance,
-        further={
-            "tokens recovered as a set": as_set_.estimate,
-            "texts recovered exactly": _figure(exactly, recovered, truth.victims, confidence),
-        },
+        chance=figures[IN_ORDER].chance,
+        further={name: figures[name].estimate for name in (AS_SET, EXACTLY)},
     )
 
 
-_SEVERITY = {Status.NO_EVIDENCE: 0, Status.NOT_EVALUABLE: 1, Status.LEAK: 2}
+def _against_decoys(
+    success: Success,
+    recovered: tuple[Recovered, ...],
+    truth: Texts,
+    confidence: float,
+    together: float,
+) -> Figure:
+    """Chance is what the same reconstructions reach against texts that nobody sent.
 
-
-@dataclass(frozen=True)
-class _Figure:
-    estimate: Estimate
-    chance: float
-
-    @property
-    def beats_chance(self) -> bool:
-        return self.estimate.interval.low > self.chance
-
-
-def _against_chance(
-    success: Success, recovered: tuple[Recovered, ...], truth: Texts, confidence: float
-) -> _Figure:
-    shifted = (*truth.victims[1:], truth.victims[0])
-    return _Figure(
-        _figure(success, recovered, truth.victims, confidence),
-        _figure(success, recovered, shifted, confidence).value,
+    Which texts were sent and which are decoys is drawn at random, so without a leak a victim's own
+    figure beats its decoys' as often as the reverse: a sign test without the ties. Chance itself is
+    measured, so nothing is acquitted by more than its lower end.
+    """
+    own_N = _shares(success, recovered, truth.victims)
+    decoy_N = _shares(success, recovered, truth.decoys)
+    wins, losses = int((own_N > decoy_N).sum()), int((own_N < decoy_N).sum())
+    return Figure(
+        estimate=bounded_mean(own_N, confidence),
+        chance=bounded_mean(decoy_N, confidence).interval.low,
+        above_chance=beats(wins, losses, together),
     )
+
+
+def beats(wins: int, losses: int, confidence: float) -> bool:
+    """Whether a fair coin wins so often with probability 1 - ``confidence`` at most."""
+    return wins > 0 and float(special.bdtrc(wins - 1, wins + losses, 0.5)) <= 1 - confidence
 
 
 def _figure(
-    success: Success,
-    recovered: tuple[Recovered, ...],
-    victims: tuple[OneVictims, ...],
-    confidence: float,
+    success: Success, recovered: tuple[Recovered, ...], victims: tuple[OneVictims, ...]
 ) -> Estimate:
-    shares_N = [success(made, texts) for made, texts in zip(recovered, victims, strict=True)]
-    return bounded_mean(shares_N, confidence)
+    return bounded_mean(_shares(success, recovered, victims))
 
 
-def in_order(recovered: Recovered, texts: OneVictims) -> float:
+def _shares(
+    success: Success, recovered: tuple[Recovered, ...], victims: tuple[OneVictims, ...]
+) -> npt.NDArray[np.float64]:
+    found = frozenset(text for made in recovered for text in made.texts)
+    return np.array(
+        [success(made, texts, found) for made, texts in zip(recovered, victims, strict=True)]
+    )
+
+
+def in_order(
+    recovered: Recovered, texts: OneVictims, found: frozenset[Text] = frozenset()
+) -> float:
     """Share of the tokens that stand at their place in a recovered text.
 
     Recovered texts are a set, so they are assigned to the true ones to the attack's best advantage.
@@ -139,43 +157,40 @@ def in_order(recovered: Recovered, texts: OneVictims) -> float:
         return 0.0
     right = np.array(
         [
-            [sum(a == b for a, b in zip(text, found, strict=False)) for found in recovered.texts]
+            [sum(a == b for a, b in zip(text, made, strict=False)) for made in recovered.texts]
             for text in texts
         ]
     )
     return float(right[linear_sum_assignment(right, maximize=True)].sum()) / sum(map(len, texts))
 
 
-def as_set(recovered: Recovered, texts: OneVictims) -> float:
+def as_set(recovered: Recovered, texts: OneVictims, found: frozenset[Text] = frozenset()) -> float:
     """Distinct tokens that occur and were named, over those that occur or were named."""
     there = {token for text in texts for token in text}
     return len(there & recovered.tokens) / len(there | recovered.tokens)
 
 
-def exactly(recovered: Recovered, texts: OneVictims) -> float:
-    """Share of the texts recovered without an error; of equal texts each counts once."""
-    left = list(recovered.texts)
-    hits = 0
-    for text in texts:
-        if text in left:
-            left.remove(text)
-            hits += 1
-    return hits / len(texts)
+def exactly(recovered: Recovered, texts: OneVictims, found: frozenset[Text]) -> float:
+    """Share of the texts that were recovered without an error, for whichever victim."""
+    return sum(text in found for text in texts) / len(texts)
 
 
-def weakened_control(estimate: Estimate) -> Control:
+IN_ORDER = "tokens recovered in order"
+AS_SET = "tokens recovered as a set"
+EXACTLY = "texts recovered exactly"
+SUCCESSES: dict[str, Success] = {IN_ORDER: in_order, AS_SET: as_set, EXACTLY: exactly}
+SEVERITY = {Status.NO_EVIDENCE: 0, Status.NOT_EVALUABLE: 1, Status.LEAK: 2}
+
+
+def weakened_control(how: str, estimate: Estimate) -> Control:
     """What the same attack does where the protection is broken on purpose."""
     ends = estimate.interval
-    return Control("the same attack, protection broken", estimate.value, ends.low, ends.high)
+    return Control(f"the same attack where {how}", estimate.value, ends.low, ends.high)
 
 
-def _weakened(attack: Attack[object], task: Task) -> Estimate | None:
-    if task.weakened is None:
-        return None
-    truth = task.weakened.truth
-    assert isinstance(truth, Texts)
-    recovered = _reconstruct(attack, task.weakened.view, truth)
-    return _figure(in_order, recovered, truth.victims, 0.95)
+def _weakened(attack: Attack[object], weak: Task) -> tuple[tuple[Recovered, ...], Texts]:
+    assert isinstance(weak.truth, Texts)
+    return _reconstruct(attack, weak.view, weak.truth), weak.truth
 
 
 def _reconstruct(attack: Attack[object], view: object, truth: Texts) -> tuple[Recovered, ...]:

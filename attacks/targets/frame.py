@@ -51,10 +51,12 @@ class Texts:
 
     Attributes:
         victims: in the order of the view; a victim's texts in any order.
+        decoys: as many texts of the same kind for each, which nobody sent.
         guess: what is written for every text by whoever has seen public text alone.
     """
 
     victims: tuple[tuple[tuple[int, ...], ...], ...] = field(repr=False)
+    decoys: tuple[tuple[tuple[int, ...], ...], ...] = field(repr=False)
     guess: tuple[int, ...] = field(repr=False)
 
 
@@ -81,13 +83,15 @@ class Task:
         population: what is attacked.
         view: of a kind of :mod:`attacks.threat`; handed to every attack on views of that kind.
         truth: for the scorer alone.
-        weakened: the same question where the protection is broken on purpose.
+        weakened: the same question where the protection is broken on purpose, one a way.
+        broken: for a weakened task, how: "every seed is the same".
     """
 
     population: Population
     view: object
     truth: Truth | Texts | Choices | Coins
-    weakened: Task | None = None
+    weakened: tuple[Task, ...] = ()
+    broken: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +149,8 @@ class Protection(Protocol):
     """Anything that runs a protected system on a scene."""
 
     moment: ClassVar[Moment]
+    shows: ClassVar[tuple[type, ...]]
+    """Kinds of views in its tasks."""
 
     @property
     def name(self) -> str:

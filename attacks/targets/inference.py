@@ -29,6 +29,7 @@ from attacks.threat import (
 )
 from privlm.data import draw_membership
 from privlm.evaluation import document_bits
+from privlm.models.decoder import Decoder
 from privlm.split import (
     ClientPart,
     Cut,
@@ -44,20 +45,22 @@ from privlm.split import Protection as RowProtection
 from protocols.randomness import Stream
 
 FARTHEST_OF = 32
+POOL = 256
 
 
 class InferenceSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What every protection of split inference shares.
 
     The client keeps the embedding, blocks before ``first`` and from ``last`` on, and the
-    head. ``prompts`` private texts of ``tokens`` tokens are sent to be read back;
-    ``requests`` more are each one of two known prompts, by a coin.
+    head. ``prompts`` private texts of ``tokens`` tokens are sent to be read back.
+    ``requests`` more, of as many tokens as the context holds, are each one of two
+    known prompts, by a coin; as many again carry one of two known rows of numbers.
     """
 
     first: Annotated[int, msgspec.Meta(ge=0)] = 1
     last: Annotated[int, msgspec.Meta(ge=1)] = 2
     tokens: Annotated[int, msgspec.Meta(ge=2)] = 24
-    prompts: Annotated[int, msgspec.Meta(ge=8)] = 96
+    prompts: Annotated[int, msgspec.Meta(ge=8)] = 48
     requests: Annotated[int, msgspec.Meta(ge=100)] = 2_400
 
 
@@ -67,6 +70,7 @@ class PlainSplit(
     """Hidden states cross as they are: the baseline."""
 
     moment: ClassVar[Moment] = Moment.INFERENCE
+    shows: ClassVar[tuple[type, ...]] = (SentActivations, PairedPrompts)
 
     name: str = "hidden states in clear"
 
@@ -86,6 +90,7 @@ class NoisedSplit(
     """Every hidden state clipped to ``clip``, with Gaussian noise: (ε, δ) for each request."""
 
     moment: ClassVar[Moment] = Moment.INFERENCE
+    shows: ClassVar[tuple[type, ...]] = (SentActivations, PairedPrompts)
 
     name: str
     target_epsilon: Annotated[float, msgspec.Meta(gt=0)]
@@ -117,6 +122,7 @@ class NoisedSplit(
             noise,
             claim,
             noise_std=noise.noise_std,
+            clip=self.clip,
             clipped=noise.clipped,
             details={"noise_std": noise.noise_std, "clip": self.clip, "max_rows": rows},
         )
@@ -127,18 +133,21 @@ ADVERSARY = "the server that runs the middle blocks and knows the model"
 
 def check_inference(draft: Draft) -> None:
     """Refuse a cut that the model does not have, and more texts than there are."""
-    setup = draft.setup.inference
+    setup, context = draft.setup.inference, draft.setup.corpus.context
     if not setup.first < setup.last <= draft.setup.model.layers:
         raise ValueError(
             f"inference.first {setup.first} and inference.last {setup.last} must satisfy "
             f"first < last <= model.layers, which is {draft.setup.model.layers}"
         )
-    if setup.tokens > draft.setup.corpus.context:
+    if setup.tokens > context:
         raise ValueError(
-            f"inference.tokens {setup.tokens} exceeds corpus.context "
-            f"{draft.setup.corpus.context}; lower the one or raise the other"
+            f"inference.tokens {setup.tokens} exceeds corpus.context {context}; lower the one or "
+            "raise the other"
         )
     require_texts(draft.corpus, setup.tokens, setup.prompts)
+    require_texts(draft.corpus, context, FARTHEST_OF)
+    if len(set(draft.corpus.blocks.test.documents)) < 2:
+        raise ValueError("utility needs two test documents or more; raise corpus.test_share")
 
 
 def split_target(
@@ -148,6 +157,7 @@ def split_target(
     claim: Claim,
     *,
     noise_std: float = 0.0,
+    clip: float = 1.0,
     clipped: Callable[[Tensor], Tensor] = lambda rows_TD: rows_TD,
     details: Details | None = None,
 ) -> Target:
@@ -159,6 +169,7 @@ def split_target(
         protection: what is done to rows before they leave; see :mod:`privlm.split`.
         claim: what it promises.
         noise_std: of the Gaussian noise that the attacks should reckon with, 0 if there is none.
+        clip: the norm to which rows are clipped; canary rows have it.
         clipped: what it does to rows (T, D) apart from noise; known to everybody.
         details: of what ran.
     """
@@ -166,7 +177,10 @@ def split_target(
     split = _Split.of(scene, protection)
     prompts_NT = private_texts(scene, setup.tokens, setup.prompts)
     pairs_N2T = _far_pairs(scene, split, clipped)
-    coin_N = draw_membership(setup.requests, scene.stream.child(f"prompts of {name}"))
+    coin_N, canary_coin_N = (
+        draw_membership(setup.requests, scene.stream.child(f"{name}: {what}"))
+        for what in ("prompts", "canary rows")
+    )
     asked_NT = pairs_N2T[torch.arange(setup.requests), torch.from_numpy(coin_N).long()]
     with scene.watch(f"requests under {name}", len(prompts_NT) + len(asked_NT)) as after:
         started = time.perf_counter()
@@ -175,21 +189,23 @@ def split_target(
         after(len(answered))
         rows_NTD = torch.stack([split.ask(ids_T).sent_TD for ids_T in asked_NT])
         after(len(prompts_NT) + len(asked_NT))
+    canaries = _canary_rows(split, clip, torch.from_numpy(canary_coin_N), noise_std)
     tests = scene.corpus.blocks.test
     with scene.watch(f"test documents under {name}", 1) as after:
         bits = document_bits(_Through(split), tests, scene.corpus.tokenizer)
         after(1)
     sent = sum(t.sent_bytes for r in answered for t in r.outcome.traffic.values())
+    base, vocabulary_C = scene.base, plain_vocabulary(scene.corpus)
 
     def seen(rows_NTD: Tensor) -> SentActivations:
         return SentActivations(
             rows_NTD=rows_NTD,
-            vocabulary_C=plain_vocabulary(scene.corpus),
+            vocabulary_C=vocabulary_C,
             sent=lambda ids_NT: _by_row(clipped, split.rows(ids_NT)),
             sent_after=lambda prefix_Bt, ids_C: _by_row(
                 clipped, split.rows_after(prefix_Bt, ids_C)
             ),
-            log_prior=lambda prefix_Bt: _log_prior(scene, prefix_Bt),
+            log_prior=lambda prefix_Bt: _log_prior(base, vocabulary_C, prefix_Bt),
             noise_std=noise_std,
         )
 
@@ -202,6 +218,7 @@ def split_target(
                 as_texts(scene, prompts_NT),
             ),
             Task("requests", PairedPrompts(seen(rows_NTD), pairs_N2T), Coins(coin_N)),
+            Task("canary rows", canaries, Coins(canary_coin_N)),
         ),
         utility=Utility(
             ratio_estimate(bits.bits_D, bits.bytes_D),
@@ -273,22 +290,48 @@ def _by_row(clipped: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _log_prior(scene: Scene, prefix_Bt: Tensor) -> Tensor:
-    vocabulary_C = plain_vocabulary(scene.corpus)
+def _log_prior(base: Decoder, vocabulary_C: Tensor, prefix_Bt: Tensor) -> Tensor:
     if not prefix_Bt.shape[1]:
         return torch.full((len(prefix_Bt), len(vocabulary_C)), 1 / len(vocabulary_C)).log()
-    logits_BV: Tensor = scene.base(prefix_Bt)[:, -1]
+    logits_BV: Tensor = base(prefix_Bt)[:, -1]
     return logits_BV[:, vocabulary_C].log_softmax(-1)
 
 
-def _far_pairs(scene: Scene, split: _Split, clipped: Callable[[Tensor], Tensor]) -> Tensor:
-    """For each request two prompts that are easy to tell apart: (N, 2, T).
+def _canary_rows(split: _Split, clip: float, coin_N: Tensor, noise_std: float) -> PairedPrompts:
+    """Requests of rows as far apart as the claim allows, through the same protection.
 
-    The second is the one farthest from the first among a few drawn at random: what is claimed for
-    any two prompts is tried where it is hardest to keep.
+    No text reaches what is promised for *any* two prompts: so rows of norm ``clip`` and their
+    negatives take the place of the model's, as many as a request may have. The two "prompts" are
+    all zeros and all ones.
     """
+    rows, width = split.protection.max_rows or split.client.model.context, split.client.model.width
+    honest_TD = torch.zeros(rows, width)
+    honest_TD[:, 0] = clip
+    sign_N11 = 1.0 - 2.0 * coin_N.double()[:, None, None]
+
+    def sent(ids_NT: Tensor) -> Tensor:
+        return (1.0 - 2.0 * ids_NT.double())[..., None] * honest_TD[:1]
+
+    received = [
+        split.protection.protect((sign * honest_TD).float(), split.stream) for sign in sign_N11
+    ]
+    return PairedPrompts(
+        SentActivations(
+            rows_NTD=torch.stack(received),
+            vocabulary_C=torch.arange(2),
+            sent=sent,
+            sent_after=lambda prefix_Bt, ids_C: sent(ids_C[None]).expand(len(prefix_Bt), -1, -1),
+            log_prior=lambda prefix_Bt: torch.full((len(prefix_Bt), 2), 0.5).log(),
+            noise_std=noise_std,
+        ),
+        torch.arange(2)[None, :, None].expand(len(coin_N), 2, rows),
+    )
+
+
+def _far_pairs(scene: Scene, split: _Split, clipped: Callable[[Tensor], Tensor]) -> Tensor:
+    """For each request two prompts as long as the context, the farthest of a few: (N, 2, T)."""
     setup = scene.setup.inference
-    ids_MT = private_texts(scene, setup.tokens, setup.prompts)
+    ids_MT = private_texts(scene, scene.setup.corpus.context, POOL)
     rows_MF = _by_row(clipped, split.rows(ids_MT)).flatten(1)
     generator = torch.Generator().manual_seed(scene.seed)
     first_N = torch.randint(len(ids_MT), (setup.requests,), generator=generator)

@@ -29,32 +29,51 @@ class Rerun(Iterable[Item]):
 
 
 def require_texts(corpus: Corpus, tokens: int, wanted: int) -> None:
-    """Raise ``ValueError`` unless there are so many private texts of so many tokens."""
+    """Raise ``ValueError`` unless there are so many private texts of so many tokens, and decoys."""
     there = len(_openings(corpus, tokens))
-    if there < wanted:
+    if there < 2 * wanted:
         raise ValueError(
-            f"{wanted:,} private texts of {tokens} tokens are needed, the corpus gives {there:,}; "
+            f"{wanted:,} private texts of {tokens} tokens are needed, and as many that are not "
+            f"sent; the corpus gives {there:,}; "
             "ask for fewer or shorter texts, add text, or raise corpus.private_share"
         )
 
 
 def private_texts(scene: Scene, tokens: int, count: int) -> Tensor:
     """The first tokens of so many private records, no two alike: ids_NT."""
-    texts_MT = _openings(scene.corpus, tokens)
-    order_M = np.random.default_rng(scene.seed).permutation(len(texts_MT))
-    return texts_MT[torch.from_numpy(order_M[:count])]
+    return _shuffled(scene, tokens)[:count]
+
+
+def public_texts(scene: Scene, tokens: int, count: int) -> Tensor:
+    """The first tokens of so many public records, in their order, over again if there are fewer."""
+    public = scene.corpus.blocks.public
+    texts_MT = public.ids_NT[public.length_N >= tokens, :tokens]
+    return texts_MT[torch.arange(count) % len(texts_MT)]
 
 
 def as_texts(scene: Scene, ids_NT: Tensor, texts_a_victim: int = 1) -> Texts:
-    """The truth about victims who have so many of these texts each, in their order."""
-    rows = [tuple(row) for row in ids_NT.tolist()]
+    """The truth about victims who have so many of these first private texts each, in their order.
+
+    Decoys are the private texts after them.
+    """
+    tokens = ids_NT.shape[1]
+    decoys_NT = _shuffled(scene, tokens)[len(ids_NT) : 2 * len(ids_NT)]
     return Texts(
-        victims=tuple(
-            tuple(rows[start : start + texts_a_victim])
-            for start in range(0, len(rows), texts_a_victim)
-        ),
-        guess=(_most_frequent(scene.corpus),) * ids_NT.shape[1],
+        victims=_grouped(ids_NT, texts_a_victim),
+        decoys=_grouped(decoys_NT, texts_a_victim),
+        guess=(_most_frequent(scene.corpus),) * tokens,
     )
+
+
+def _grouped(ids_NT: Tensor, size: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    rows = [tuple(row) for row in ids_NT.tolist()]
+    return tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
+
+
+def _shuffled(scene: Scene, tokens: int) -> Tensor:
+    texts_MT = _openings(scene.corpus, tokens)
+    order_M = np.random.default_rng(scene.seed).permutation(len(texts_MT))
+    return texts_MT[torch.from_numpy(order_M)]
 
 
 def plain_vocabulary(corpus: Corpus) -> Tensor:

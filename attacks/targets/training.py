@@ -119,6 +119,7 @@ class NoProtection(
     """Ordinary training: the baseline that shows what the attacks can do."""
 
     moment: ClassVar[Moment] = Moment.TRAINING
+    shows: ClassVar[tuple[type, ...]] = (ReleasedModel,)
 
     name: str = "no protection"
     epochs: AtLeastOne = 8
@@ -153,6 +154,7 @@ class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """DP-SGD under a budget, exactly as ``privlm train`` runs it."""
 
     moment: ClassVar[Moment] = Moment.TRAINING
+    shows: ClassVar[tuple[type, ...]] = (ReleasedModel,)
 
     name: str
     privacy: PrivacyConfig

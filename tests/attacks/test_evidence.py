@@ -1,5 +1,6 @@
 """The rules of evidence: what may be said of a measurement, on attacks of known strength."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,14 +8,17 @@ import pytest
 import torch
 
 from attacks.scoring import Measurement, measure
-from attacks.scoring.secrecy import judge_secrecy
-from attacks.scoring.texts import as_set, exactly, in_order
+from attacks.scoring.secrecy import Figure, judge_secrecy
+from attacks.scoring.texts import as_set, beats, exactly, in_order
 from attacks.statistics import bounded_mean, mean_estimate, rate
+from attacks.suite import ProtectionResult
 from attacks.targets import Choices, Coins, Target, Task, Texts
 from attacks.threat import (
     Attack,
     Claim,
     Cost,
+    Finding,
+    Moment,
     Reconstruction,
     Recovered,
     Scores,
@@ -23,7 +27,7 @@ from attacks.threat import (
 )
 
 CONFIDENCE = 0.9995
-SURE = rate(800, 800)
+SURE = (rate(800, 800), rate(800, 800))
 
 
 class View:
@@ -46,21 +50,27 @@ def judged(claim, attacks, *tasks):
     [
         (94, 6000, SURE, Status.NO_EVIDENCE, "at most 2.2"),
         (160, 6000, SURE, Status.LEAK, "beats chance"),
-        (94, 6000, None, Status.NOT_EVALUABLE, "no weakened variant"),
-        (94, 6000, rate(700, 800), Status.NOT_EVALUABLE, "less than 90%"),
+        (94, 6000, (), Status.NOT_EVALUABLE, "no weakened variant"),
+        (94, 6000, (SURE[0], rate(700, 800)), Status.NOT_EVALUABLE, "less than 90%"),
         (78, 4999, SURE, Status.NOT_EVALUABLE, "5,000 trials or more, these are 4,999"),
         (0, 4999, SURE, Status.NOT_EVALUABLE, "5,000 trials or more"),
     ],
 )
 def test_that_nothing_leaks_is_said_only_by_the_rule(hits, trials, weakened, status, reason):
-    found, said = judge_secrecy(rate(hits, trials, CONFIDENCE), trials, 1 / 64, weakened)
+    found, said = judged_rate(hits, trials, 1 / 64, weakened)
     assert found is status
     assert reason in said
 
 
+def judged_rate(hits, trials, chance, weakened=SURE, confidence=CONFIDENCE):
+    estimate = rate(hits, trials, confidence)
+    figure = Figure(estimate, chance, estimate.interval.low > chance)
+    return judge_secrecy(figure, trials, weakened)
+
+
 def test_a_wide_interval_is_not_evaluable():
     """At chance 1/2, 5,000 trials leave the upper end more than 0.02 above it."""
-    found, said = judge_secrecy(rate(2500, 5000, CONFIDENCE), 5000, 0.5, SURE)
+    found, said = judged_rate(2500, 5000, 0.5)
     assert found is Status.NOT_EVALUABLE
     assert "more trials would narrow it" in said
 
@@ -73,8 +83,7 @@ def test_the_rule_rarely_accuses_a_guess_and_never_acquits_a_leak():
     def leaks(success):
         hits = rng.binomial(6000, success, 20_000)
         verdicts = {
-            int(k): judge_secrecy(rate(int(k), 6000, 0.999), 6000, 1 / 64, SURE)[0]
-            for k in np.unique(hits)
+            int(k): judged_rate(int(k), 6000, 1 / 64, confidence=0.999)[0] for k in np.unique(hits)
         }
         assert Status.NOT_EVALUABLE not in verdicts.values() or success > 1 / 64
         return np.mean([verdicts[int(k)] is Status.LEAK for k in hits])
@@ -106,7 +115,8 @@ def choosing(success, weakened):
     weak = View()
     views[weak] = sure_NC
     attack = Attack("guess", View, lambda view: Scores("guess", views[view]))
-    return [attack], Task("uploads", sound, truth, Task("uploads", weak, broken))
+    twin = Task("uploads", weak, broken, broken="all is broken")
+    return [attack], Task("uploads", sound, truth, (twin,))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,12 @@ def test_tokens_count_at_their_place_alone(found, share):
     assert in_order(recovered, ((1, 2, 3), (4, 5, 6))) == pytest.approx(share)
 
 
+def test_a_text_counts_for_whomever_it_was_found():
+    truth = ((1, 2), (3, 4))
+    found = frozenset({(3, 4)})
+    assert exactly(Recovered((), frozenset()), truth, found) == 0.5
+
+
 def test_naming_every_token_is_no_recovery_of_the_set():
     texts = ((1, 2, 3),)
     assert as_set(Recovered((), frozenset({1, 2, 3})), texts) == 1.0
@@ -178,16 +194,20 @@ def test_naming_every_token_is_no_recovery_of_the_set():
     assert as_set(Recovered((), frozenset()), texts) == 0.0
 
 
-def test_of_equal_texts_each_counts_once():
-    assert exactly(Recovered(((1, 2),), frozenset()), ((1, 2), (1, 2))) == 0.5
-    assert exactly(Recovered(((1, 2), (1, 3)), frozenset()), ((1, 2), (1, 2))) == 0.5
+def texts_of(rows, rng):
+    decoys = rng.integers(0, 100, (len(rows), 20)).tolist()
+    return Texts(
+        tuple((tuple(row),) for row in rows),
+        tuple((tuple(row),) for row in decoys),
+        guess=(7,) * 20,
+    )
 
 
 def reading(victims, share, *, texts=480, seed=0):
     """An attack that reads each victim's text whole with probability ``share``, else nothing."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 100, (texts, 20)).tolist()
-    truth = Texts(tuple((tuple(row),) for row in rows), guess=(7,) * 20)
+    truth = texts_of(rows, rng)
     made = tuple(
         Recovered((tuple(row),), frozenset(row))
         if rng.random() < share
@@ -203,7 +223,8 @@ def reconstructing(share, weakened):
     sound, weak = View(), View()
     returned = {sound: made, weak: sure}
     attack = Attack("read", View, lambda view: Reconstruction("read", returned[view]))
-    return [attack], Task("texts", sound, truth, Task("texts", weak, broken))
+    twin = Task("texts", weak, broken, broken="all is broken")
+    return [attack], Task("texts", sound, truth, (twin,))
 
 
 @pytest.mark.parametrize(
@@ -250,15 +271,117 @@ def test_tokens_without_order_are_a_leak_too():
 
 
 def test_a_guess_of_the_prior_is_no_leak():
-    """Tokens are right by chance as often in the next victim's text as in one's own."""
-    rng = np.random.default_rng(0)
-    rows = np.where(rng.random((400, 20)) < 0.2, 7, rng.integers(0, 100, (400, 20))).tolist()
-    truth = Texts(tuple((tuple(row),) for row in rows), guess=(7,) * 20)
+    """Tokens are right by chance as often in a text that nobody sent: of 40 audits at 95% at most
+    2 accuse the guess (+5 deviations)."""
     guess = Recovered(((7,) * 20,), frozenset({7}))
-    attack = Attack("guess", View, lambda view: Reconstruction("guess", (guess,) * 400))
-    (finding,) = judged(NOTHING, [attack], Task("texts", View(), truth))
-    assert finding.status is Status.NOT_EVALUABLE
-    assert finding.chance == pytest.approx(finding.controls[0].value, abs=0.02)
+    attack = Attack("guess", View, lambda view: Reconstruction("guess", (guess,) * 200))
+    leaks = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        rows, decoys = (
+            np.where(rng.random((200, 20)) < 0.2, 7, rng.integers(0, 100, (200, 20))).tolist()
+            for _ in range(2)
+        )
+        truth = dataclasses.replace(
+            texts_of(rows, rng), decoys=tuple((tuple(row),) for row in decoys)
+        )
+        (finding,) = judged(NOTHING, [attack], Task("texts", View(), truth))
+        leaks += finding.status is Status.LEAK
+        assert finding.estimate.value == pytest.approx(finding.controls[0].value)
+    assert leaks <= 40 * 0.05 + 5 * math.sqrt(40 * 0.05 * 0.95)
+
+
+def test_an_attack_that_never_saw_the_view_is_rarely_accused():
+    """Texts right or wrong by a coin, sent or not: a leak in at most 0.1% of 2,000 (+5 deviations).
+
+    An interval against the decoys' mean, as if that were known, accuses 0.2% and more.
+    """
+    rng = np.random.default_rng(0)
+    own_RN, decoy_RN = rng.random((2, 2000, 480)) < 0.5
+    wins_R, losses_R = (own_RN & ~decoy_RN).sum(1), (decoy_RN & ~own_RN).sum(1)
+    accused = np.mean([beats(w, lost, 0.999) for w, lost in zip(wins_R, losses_R, strict=True)])
+    assert accused <= 0.001 + 5 * math.sqrt(0.001 / 2000)
+    assert beats(40, 0, 0.999)
+    assert beats(300, 180, 0.999)
+    assert not beats(260, 220, 0.999)
+    assert not beats(0, 0, 0.999)
+
+
+def test_answering_with_a_neighbours_text_is_a_leak():
+    """Which text is whose the attack need not know."""
+    truth, made = reading(480, 1.0)
+    attack = Attack("shift", View, lambda view: Reconstruction("shift", (*made[1:], made[0])))
+    for claim in (NOTHING, SECRET):
+        (finding,) = judged(claim, [attack], Task("texts", View(), truth))
+        assert finding.status is Status.LEAK
+        assert finding.estimate.value < 0.1
+        assert finding.further["texts recovered exactly"].value == 1.0
+
+
+def test_a_single_victim_has_a_chance_of_its_own():
+    sent, never_sent = reading(40, 1.0, texts=40)[0], reading(40, 1.0, texts=40, seed=5)[0]
+    many = Texts(
+        (tuple(text for (text,) in sent.victims),),
+        (tuple(text for (text,) in never_sent.victims),),
+        sent.guess,
+    )
+    all_read = Recovered(many.victims[0], frozenset(t for text in many.victims[0] for t in text))
+    attack = Attack("all", View, lambda view: Reconstruction("all", (all_read,)))
+    (finding,) = judged(NOTHING, [attack], Task("texts", View(), many))
+    assert finding.chance < 0.5
+    assert finding.estimate.value == 1.0
+
+
+def row(claim, *statuses):
+    finding = Finding(
+        "a", "uploads", "m", rate(1, 2), 2, controls=(), status=Status.LEAK, reason=""
+    )
+    return ProtectionResult(
+        Moment.AGGREGATION,
+        "row",
+        claim,
+        tuple(dataclasses.replace(finding, status=status) for status in statuses),
+        (),
+        Utility(mean_estimate([1.0, 2.0]), "none"),
+        Cost(0.0, None, "run"),
+        {},
+        (),
+    )
+
+
+@pytest.mark.parametrize(
+    ("claim", "statuses", "verdict"),
+    [
+        (SECRET, (Status.NO_EVIDENCE, Status.NO_EVIDENCE), Status.NO_EVIDENCE),
+        (SECRET, (Status.NO_EVIDENCE, Status.NOT_EVALUABLE), Status.NOT_EVALUABLE),
+        (SECRET, (Status.NO_EVIDENCE, Status.LEAK), Status.LEAK),
+        (SECRET, (), Status.NOT_EVALUABLE),
+        (PRIVATE, (Status.NOT_APPLICABLE, Status.WITHIN_CLAIM), Status.WITHIN_CLAIM),
+        (PRIVATE, (Status.NOT_EVALUABLE, Status.WITHIN_CLAIM), Status.WITHIN_CLAIM),
+        (PRIVATE, (Status.NOT_APPLICABLE,), Status.NOT_EVALUABLE),
+        (PRIVATE, (), Status.NOT_EVALUABLE),
+        (NOTHING, (Status.NOT_APPLICABLE,), Status.NOT_APPLICABLE),
+        (NOTHING, (Status.NOT_EVALUABLE, Status.LEAK), Status.LEAK),
+    ],
+)
+def test_a_row_claims_no_more_than_its_findings(claim, statuses, verdict):
+    assert row(claim, *statuses).status is verdict
+
+
+def test_a_choice_is_held_to_epsilon_by_what_it_allows():
+    """64-ary randomised response at ε = 2 names the truth with e²/(e² + 63), 10.5%."""
+    allowed = np.exp(2) / (np.exp(2) + 63)
+    for success, status in ((allowed, Status.NOT_APPLICABLE), (3 * allowed, Status.LEAK)):
+        attacks, task = choosing((success - 1 / 64) / (1 - 1 / 64), 1.0)
+        (finding,) = judged(PRIVATE, attacks, task)
+        assert finding.status is status
+
+
+def test_coins_cannot_show_that_nothing_leaks():
+    attack = Attack("tell apart", View, lambda view: Scores("tell apart", torch.zeros(10)))
+    coins = Coins(np.arange(10) % 2 == 0)
+    with pytest.raises(ValueError, match="tried by choices or by texts"):
+        judged(SECRET, [attack], Task("requests", View(), coins))
 
 
 @pytest.mark.parametrize(
