@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from attacks.catalogue import ATTACKS
-from attacks.scoring import Curve, Measurement, measure
+from attacks.scoring import Curve, Measurement, attacks_on, measure
 from attacks.statistics import Estimate, ratio_estimate
 from attacks.targets import (
     ClearSum,
@@ -269,9 +269,9 @@ def _audit(
     counts: dict[str, int],
 ) -> ProtectionResult:
     target = protection.run(scene)
-    with scene.watch(f"attacks on {protection.name}", 1) as done:
-        measured = measure(target, attacks, config.measurement, rng)
-        done(1)
+    steps = attacks_on(target, attacks)
+    with scene.watch(f"attacks on {protection.name}", steps) as after_attack:
+        measured = measure(target, attacks, config.measurement, rng, after_attack)
     for finding in measured.findings:
         if protection.moment is not Moment.TRAINING:
             what = _COUNTED.get(finding.population, finding.population)

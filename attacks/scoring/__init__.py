@@ -5,7 +5,7 @@ No other room sees which records were trained on, or which text a client held.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from attacks.statistics import simultaneous_confidence
 from attacks.targets import Choices, Coins, Target, Task, Texts, Truth
 from attacks.threat import Attack, Claim, Finding, ReleasedModel, Scores
 
-__all__ = ["Curve", "Measured", "Measurement", "measure"]
+__all__ = ["Curve", "Measured", "Measurement", "attacks_on", "measure"]
 
 
 def measure(
@@ -27,6 +27,7 @@ def measure(
     attacks: Sequence[Attack[Any]],
     measurement: Measurement,
     rng: np.random.Generator,
+    after_attack: Callable[[int], None] = lambda done: None,
 ) -> Measured:
     """Put every task of ``target`` to the attacks that see views of its kind, and judge.
 
@@ -39,6 +40,7 @@ def measure(
         attacks: declared beforehand.
         measurement: declared beforehand.
         rng: for label permutations and the blind baseline's split; no secret.
+        after_attack: told how many attacks on tasks are done, of :func:`attacks_on`.
 
     Raises:
         ValueError: an attack returned what cannot be judged, or no attack sees a task.
@@ -52,6 +54,7 @@ def measure(
     findings: list[Finding] = []
     curves: list[Curve] = []
     scores: list[Scores] = []
+    done = 0
     for task, chosen in sent:
         if not chosen:
             raise ValueError(
@@ -67,25 +70,45 @@ def measure(
                 findings += measured.findings
                 curves += measured.curves
                 scores += measured.scores
-            case Texts() as truth:
-                findings += [
-                    text_finding(a, task, truth, target.claim, measurement.confidence, judged)
-                    for a in chosen
-                ]
-            case Choices() as truth:
-                findings += [
-                    choice_finding(a, task, truth, target.claim, measurement.confidence, judged)
-                    for a in chosen
-                ]
+                done += len(chosen)
+                after_attack(done)
+            case Texts() | Choices() as truth:
+                for attack in chosen:
+                    findings.append(
+                        _finding(attack, task, truth, target.claim, measurement, judged)
+                    )
+                    done += 1
+                    after_attack(done)
             case Coins() as truth:
                 if target.claim.nothing_leaks:
                     raise ValueError(
                         "coins bound ε; that nothing leaks is tried by choices or by texts"
                     )
-                findings += [
-                    _coins(a, task, truth, target, measurement, confidence, rng) for a in chosen
-                ]
+                for attack in chosen:
+                    findings.append(
+                        _coins(attack, task, truth, target, measurement, confidence, rng)
+                    )
+                    done += 1
+                    after_attack(done)
     return Measured(tuple(findings), tuple(curves), tuple(scores))
+
+
+def attacks_on(target: Target, attacks: Sequence[Attack[Any]]) -> int:
+    """How many attacks on tasks :func:`measure` will make."""
+    return sum(attack.sees is type(task.view) for task in target.tasks for attack in attacks)
+
+
+def _finding(
+    attack: Attack[Any],
+    task: Task,
+    truth: Texts | Choices,
+    claim: Claim,
+    measurement: Measurement,
+    judged: int,
+) -> Finding:
+    if isinstance(truth, Texts):
+        return text_finding(attack, task, truth, claim, measurement.confidence, judged)
+    return choice_finding(attack, task, truth, claim, measurement.confidence, judged)
 
 
 def _judged(truth: object, attacks: int, claim: Claim) -> int:

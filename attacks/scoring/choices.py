@@ -41,7 +41,7 @@ def choice_finding(
         confidence = simultaneous_confidence(CONFIDENCE, judged)
     hits = named(attack, task, truth)
     estimate = rate(int(hits.sum()), len(hits), confidence)
-    figure = Figure(estimate, chance, estimate.interval.low > chance)
+    figure = Figure(estimate, chance, chance, estimate.interval.low > chance)
     controls = []
     if claim.nothing_leaks:
         weakened = [_weakened(attack, weak) for weak in task.weakened]

@@ -27,12 +27,14 @@ class Figure:
 
     Attributes:
         estimate: with its interval.
-        chance: exact, or the lower end of an interval where it had to be measured.
+        chance: known, or measured.
+        sure_chance: the same, or the lower end of an interval where it had to be measured.
         above_chance: whether the figure exceeds chance beyond doubt.
     """
 
     estimate: Estimate
     chance: float
+    sure_chance: float
     above_chance: bool
 
 
@@ -45,10 +47,10 @@ def judge_secrecy(figure: Figure, trials: int, weakened: Sequence[Estimate]) -> 
         weakened: the same figure of the same attack, for each way in which the protection was
             broken on purpose.
     """
-    high, chance = figure.estimate.interval.high, figure.chance
+    high, chance = figure.estimate.interval.high, figure.sure_chance
     if figure.above_chance:
         return Status.LEAK, (
-            f"the attack beats chance ({chance:.2%}), with confidence "
+            f"the attack beats chance ({figure.chance:.2%}), with confidence "
             f"{figure.estimate.interval.confidence:.5g}"
         )
     if trials < MIN_TRIALS:

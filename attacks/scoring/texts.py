@@ -121,7 +121,8 @@ def _against_decoys(
     wins, losses = int((own_N > decoy_N).sum()), int((own_N < decoy_N).sum())
     return Figure(
         estimate=bounded_mean(own_N, confidence),
-        chance=bounded_mean(decoy_N, confidence).interval.low,
+        chance=float(decoy_N.mean()),
+        sure_chance=bounded_mean(decoy_N, confidence).interval.low,
         above_chance=beats(wins, losses, together),
     )
 

@@ -64,8 +64,15 @@ def test_that_nothing_leaks_is_said_only_by_the_rule(hits, trials, weakened, sta
 
 def judged_rate(hits, trials, chance, weakened=SURE, confidence=CONFIDENCE):
     estimate = rate(hits, trials, confidence)
-    figure = Figure(estimate, chance, estimate.interval.low > chance)
+    figure = Figure(estimate, chance, chance, estimate.interval.low > chance)
     return judge_secrecy(figure, trials, weakened)
+
+
+def test_a_measured_chance_acquits_by_its_lower_end_alone():
+    figure = Figure(rate(78, 6000, CONFIDENCE), 0.5, 0.0, above_chance=False)
+    assert judge_secrecy(figure, 6000, SURE)[0] is Status.NO_EVIDENCE
+    figure = Figure(rate(180, 6000, CONFIDENCE), 0.5, 0.0, above_chance=False)
+    assert judge_secrecy(figure, 6000, SURE)[0] is Status.NOT_EVALUABLE
 
 
 def test_a_wide_interval_is_not_evaluable():
