@@ -9,7 +9,7 @@ OUT ?= audit
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make audit     train with and without protection, attack, print the table ($(OUT)/report.html)"
+	@echo "make audit     training, aggregation, inference: protect, attack, print the table ($(OUT)/report.html)"
 	@echo "make test      all tests but the slowest"
 	@echo "make test-all  all tests"
 	@echo "make lint      format, style, types, layers"

@@ -22,9 +22,9 @@ def audit(
         bool, typer.Option("--json", help="Print findings.json and nothing else.")
     ] = False,
 ) -> None:
-    """Train with and without protection, attack every model, print what each one leaks.
+    """Run training, aggregation and inference under each protection, and attack what is seen.
 
-    Exits with 1 when a lower bound exceeds what a protection claims; with --strict also when
+    Exits with 1 when a measurement exceeds what a protection claims; with --strict also when
     a claim could not be tested.
     """
     from attacks.report import write_report
