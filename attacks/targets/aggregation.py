@@ -15,10 +15,10 @@ from torch import Tensor
 from attacks.targets.frame import Draft, Scene, Target, Task
 from attacks.targets.rounds import (
     COLLECTOR,
-    TIMED_ROUNDS,
     Randomness,
     Rounds,
     broken_randomness,
+    encoding_of,
     fresh_randomness,
     stacked,
 )
@@ -194,4 +194,5 @@ def _check(draft: Draft, texts: int) -> None:
             f"aggregation.tokens {setup.tokens} exceeds corpus.context "
             f"{draft.setup.corpus.context}; lower the one or raise the other"
         )
-    require_texts(draft.corpus, setup.tokens, max(texts, setup.clients * TIMED_ROUNDS))
+    encoding_of(setup.clip, setup.bits, setup.clients)
+    require_texts(draft.corpus, setup.tokens, texts)

@@ -98,13 +98,17 @@ class NoisedSplit(
     clip: Annotated[float, msgspec.Meta(gt=0)]
 
     def check(self, draft: Draft) -> None:
-        """Refuse a cut that the model does not have, and more texts than there are."""
+        """Refuse what :func:`check_inference` does, and noise too little for its tails."""
         check_inference(draft)
+        self._noise(draft.setup.corpus.context)
+
+    def _noise(self, rows: int) -> GaussianNoise:
+        return GaussianNoise.for_budget(self.target_epsilon, self.delta, self.clip, rows)
 
     def run(self, scene: Scene) -> Target:
         """Send prompts under noise; the server, which knows its law, reads what it can."""
         rows = scene.setup.corpus.context
-        noise = GaussianNoise.for_budget(self.target_epsilon, self.delta, self.clip, rows)
+        noise = self._noise(rows)
         epsilon, delta = noise.guarantee()
         claim = Claim(
             adversary=ADVERSARY,

@@ -118,8 +118,7 @@ class Rounds:
     def encoding(self) -> FixedPoint[Tensor]:
         """Of every entry; with room for the sum."""
         setup = self.scene.setup.aggregation
-        most = max(setup.clients, PLAYERS)
-        return FixedPoint(clip=setup.clip, bits=setup.bits, clients=most, ring=Z_2_32)
+        return encoding_of(setup.clip, setup.bits, setup.clients)
 
     def texts(self, count: int) -> Tensor:
         """So many private texts: ids_NT."""
@@ -254,11 +253,12 @@ class Rounds:
         )
 
     def target(self, claim: Claim, tasks: tuple[Task, ...], details: Details) -> Target:
-        """Time some rounds, and see how exact their sums are.
+        """Time some rounds on public texts, and see how exact their sums are.
 
         Bytes are those that bring the sum to the collector, not those that carry it away.
         """
-        ids_NT = self.texts(self.clients * TIMED_ROUNDS)
+        tokens = self.scene.setup.aggregation.tokens
+        ids_NT = public_texts(self.scene, tokens, self.clients * TIMED_ROUNDS)
         seconds, sent, errors = 0.0, 0, []
         with self.scene.watch(f"rounds of {self.name}", len(ids_NT)) as after:
             for done, ids_KT in enumerate(ids_NT.split(self.clients), start=1):
@@ -286,6 +286,15 @@ class Rounds:
                 **details,
             },
         )
+
+
+def encoding_of(clip: float, bits: int, clients: int) -> FixedPoint[Tensor]:
+    """Of an entry of an update, with room for the sum of a round or of a game's.
+
+    Raises:
+        ValueError: the sum would wrap around.
+    """
+    return FixedPoint(clip=clip, bits=bits, clients=max(clients, PLAYERS), ring=Z_2_32)
 
 
 def seen_by_coalition(cohort: Cohort[Tensor], done: Round) -> Tensor:

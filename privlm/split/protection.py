@@ -115,7 +115,8 @@ class GaussianNoise:
         object.__setattr__(self, "max_rows", operator.index(self.max_rows))
         _require_scale("noise_std", self.noise_std)
         _require_public(self.clip, self.max_rows, self.delta)
-        beyond = self.max_rows * float(ndtr(2 * self.clip / self.noise_std - _SPARSE_FROM))
+        sparse = float(ndtr(2 * self.clip / self.noise_std - _SPARSE_FROM))
+        beyond = min(1.0, self.max_rows * sparse)
         if beyond > _TAIL_SHARE * self.delta:
             raise ValueError(
                 f"noise of {self.noise_std:g} is too little for rows clipped to {self.clip:g}: its "

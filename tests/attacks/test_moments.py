@@ -270,6 +270,8 @@ def test_a_row_of_each_moment_in_one_suite(tmp_path, fixed_streams):
         ({"inference": InferenceSetup(last=3)}, PlainSplit(), "model.layers, which is 2"),
         ({}, ClearUpdate(texts=10**6), "private texts of 10 tokens are needed"),
         ({}, ClearSum(texts=15), "fewer than two sums of 8 clients"),
+        ({"aggregation": AggregationSetup(tokens=10, bits=32)}, ClearUpdate(), "would wrap"),
+        ({}, NoisedSplit(name="loud", target_epsilon=1e5, clip=1.0), "tails are sparse"),
         ({"inference": InferenceSetup(tokens=12, prompts=10**6)}, PlainSplit(), "are needed"),
     ],
 )
