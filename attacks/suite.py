@@ -350,7 +350,7 @@ def _controlled(
     if shown is None:
         reason = (
             "nothing unprotected shows what this attack can do at this δ; add the baseline of this "
-            "moment"
+            "moment, and set measurement.delta to the claim's"
         )
     elif shown <= epsilon:
         reason = (
