@@ -22,7 +22,7 @@ from attacks.targets.rounds import (
     fresh_randomness,
     stacked,
 )
-from attacks.targets.texts import require_texts
+from attacks.targets.texts import require_public_text, require_texts
 from attacks.threat import ChosenUploads, Claim, Moment, SeenUpdates
 from protocols.aggregation import additive, clear
 
@@ -196,3 +196,4 @@ def _check(draft: Draft, texts: int) -> None:
         )
     encoding_of(setup.clip, setup.bits, setup.clients)
     require_texts(draft.corpus, setup.tokens, texts)
+    require_public_text(draft.corpus, setup.tokens)

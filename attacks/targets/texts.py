@@ -39,6 +39,15 @@ def require_texts(corpus: Corpus, tokens: int, wanted: int) -> None:
         )
 
 
+def require_public_text(corpus: Corpus, tokens: int) -> None:
+    """Raise ``ValueError`` unless some public text has so many tokens."""
+    if not bool((corpus.blocks.public.length_N >= tokens).any()):
+        raise ValueError(
+            f"no public text has {tokens} tokens, which the other clients of a round need; ask for "
+            "shorter texts, add public text, or raise corpus.public_share"
+        )
+
+
 def private_texts(scene: Scene, tokens: int, count: int) -> Tensor:
     """The first tokens of so many private records, no two alike: ids_NT."""
     return _shuffled(scene, tokens)[:count]

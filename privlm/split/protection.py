@@ -84,8 +84,9 @@ class GaussianNoise:
 
     The formula holds for exact normals. The sampler's are sparser than the grid they are rounded to
     from about 7 deviations on, and end at 8.57: a row out there may rule another prompt out. Over
-    all rows this has a probability of about max_rows · Φ(2 · clip / noise_std - 7), by count a
-    quarter of it; parameters for which that exceeds δ / 10 are refused, and ε is computed at 0.9 δ.
+    all rows this has a probability of about max_rows · Φ(2 · clip / noise_std - 7); parameters for
+    which that exceeds δ / 10 are refused, and ε is computed at 0.9 δ. That "about" is a count of
+    reachable values and no proof.
 
     A row that holds a NaN or an infinity, or whose norm overflows, becomes the zero row: something
     is sent whatever the prompt.

@@ -109,10 +109,6 @@ def guesses(success, trials, options=64, seed=0):
     return Choices(place_N, options), scores_NC
 
 
-class Weakened(View):
-    pass
-
-
 def choosing(success, weakened):
     truth, scores_NC = guesses(success, 6000)
     broken, sure_NC = guesses(weakened, 800, seed=1)
@@ -147,6 +143,12 @@ def test_intervals_behind_secrecy_hold_together():
     attacks, task = choosing(0.0, 1.0)
     findings = judged(SECRET, [attacks[0], Attack("again", View, attacks[0].run)], task)
     assert [f.estimate.interval.confidence for f in findings] == pytest.approx([0.9995, 0.9995])
+
+
+def test_the_three_figures_of_texts_hold_together():
+    (finding,) = judged(SECRET, *reconstructing(0.0, 1.0))
+    figures = (finding.estimate, *finding.further.values())
+    assert [f.interval.confidence for f in figures] == pytest.approx([1 - 0.001 / 3] * 3)
 
 
 def test_ties_count_against_the_attack():

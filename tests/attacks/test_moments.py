@@ -1,6 +1,7 @@
 """Aggregation and inference end to end: production code, the exact view, and broken engines."""
 
 import contextlib
+import json
 
 import msgspec
 import numpy as np
@@ -337,3 +338,24 @@ def test_two_attacks_of_one_name_are_refused(tmp_path):
     config = SuiteConfig(protections=(PlainSplit(),), setup=SMALL)
     with pytest.raises(ValueError, match="attacks: the name 'loss' stands twice"):
         run_suite(config, ledger_dir=tmp_path, watch=unwatched, attacks=(ATTACKS["loss"],))
+
+
+def test_rounds_without_public_text_are_refused_before_any_training(tmp_path):
+    """Private documents are long, public ones shorter than a client's text."""
+    private, public = tmp_path / "private.jsonl", tmp_path / "public.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["word" + str(n) for n in range(50)]
+    private.write_text(
+        "".join(
+            json.dumps({"id": f"d{n}", "text": " ".join(rng.choice(words, 200))}) + "\n"
+            for n in range(20)
+        )
+    )
+    public.write_text(
+        "".join(json.dumps({"id": f"p{n}", "text": "w" + "ab"[n % 2]}) + "\n" for n in range(4))
+    )
+    corpus = CorpusConfig(source=str(private), public_source=str(public), context=16)
+    setup = msgspec.structs.replace(SMALL, corpus=corpus, tokenizer=TokenizerConfig(kind="byte"))
+    config = SuiteConfig(protections=(ClearUpdate(texts=8),), setup=setup)
+    with pytest.raises(ValueError, match="no public text has 10 tokens"):
+        run_suite(config, ledger_dir=tmp_path, watch=unwatched)
