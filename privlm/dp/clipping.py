@@ -5,11 +5,13 @@ Shape suffixes: N examples of a batch, P parameters of one tensor.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,94 @@ less; microbatches are added up in float64. Clipped norms stay below the bound d
 MAX_MICROBATCH = 1024
 MIN_GRAD_NORM = 1e-6
 """Below it the squares of float32 gradients may underflow and the norm with them."""
+
+
+class FlatClipping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="flat"):
+    """g · min(1, max_grad_norm / ‖g‖) over all parameters together (Abadi et al. 2016)."""
+
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_bound(self.max_grad_norm)
+
+
+class PerLayerClipping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="per-layer"):
+    """Each of L parameter tensors to max_grad_norm / √L, so that together they keep the bound."""
+
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_bound(self.max_grad_norm)
+
+
+class AutomaticClipping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="automatic"):
+    """g · max_grad_norm / (‖g‖ + stability): AUTO-S (Bu et al. 2023), no threshold to tune."""
+
+    max_grad_norm: float = 1.0
+    stability: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_bound(self.max_grad_norm)
+        if not (self.stability > 0 and math.isfinite(self.stability)):
+            raise ValueError(f"stability must be positive and finite, got {self.stability}")
+
+
+class AdaptiveClipping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="adaptive"):
+    """Flat clipping whose bound follows a quantile of the norms (Andrew et al. 2021).
+
+    Each step also releases how many norms lay below the bound C, minus half the batch, under noise
+    of standard deviation ``count_noise_multiplier`` / 2: one example moves it by 1/2. With b that
+    count over the expected batch size plus 1/2, C ← C · e^(−learning_rate (b − target_quantile)).
+
+    Attributes:
+        max_grad_norm: the first bound.
+        target_quantile: share of examples that shall not be clipped.
+        learning_rate: of the logarithm of the bound.
+        count_noise_multiplier: noise on the count over its sensitivity; the noise on the gradients
+            grows so that both releases together cost what the plan's noise multiplier says.
+    """
+
+    max_grad_norm: float = 1.0
+    target_quantile: float = 0.5
+    learning_rate: float = 0.2
+    count_noise_multiplier: float = 20.0
+
+    def __post_init__(self) -> None:
+        check_bound(self.max_grad_norm)
+        if not 0 < self.target_quantile < 1:
+            raise ValueError(f"target_quantile must lie in (0, 1), got {self.target_quantile}")
+        for name in ("learning_rate", "count_noise_multiplier"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+    def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
+        """Noise on the gradients such that gradients and count together cost ``noise_multiplier``.
+
+        (σ⁻² − σ_b⁻²)^(−1/2), with both multipliers relative to their sensitivities.
+
+        Raises:
+            ValueError: the count alone already costs as much.
+        """
+        if noise_multiplier == 0:
+            return 0.0
+        if self.count_noise_multiplier <= noise_multiplier:
+            raise ValueError(
+                f"count_noise_multiplier {self.count_noise_multiplier} must exceed the "
+                f"noise_multiplier {noise_multiplier:.4g}; raise it"
+            )
+        return float((noise_multiplier**-2 - self.count_noise_multiplier**-2) ** -0.5)
+
+
+Clipping = FlatClipping | PerLayerClipping | AutomaticClipping | AdaptiveClipping
+"""How one example's gradient is bounded; ``max_grad_norm`` is the l2 bound on it."""
+
+
+def check_bound(max_grad_norm: float) -> None:
+    """Raise ``ValueError`` for a clipping bound that float32 norms could not keep."""
+    if not MIN_GRAD_NORM <= max_grad_norm < math.inf:
+        raise ValueError(
+            f"max_grad_norm must be at least {MIN_GRAD_NORM} and finite, got {max_grad_norm}"
+        )
 
 
 class NonFiniteGradient(ValueError):
