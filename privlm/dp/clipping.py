@@ -15,14 +15,19 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-PerExampleLoss = Callable[[nn.Module, Tensor], Tensor]
-"""(model, examples of shape (N, ...)) -> losses of shape (N,), each of its example alone."""
+from privlm.dp.batches import Batch, cycle, part, size, split
+from privlm.dp.bookkeeping import Book, Patches, UnknownUse
+from privlm.dp.bookkeeping.operations import exact
+
+PerExampleLoss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch of N examples) -> losses of shape (N,), each of its example alone."""
 
 _ROUNDING_MARGIN = 1e-5
 """Float32 norms of 10^8 terms, and float32 sums over a microbatch of up to 1024 examples, err by
 less; microbatches are added up in float64. Clipped norms stay below the bound despite both."""
 
 MAX_MICROBATCH = 1024
+CPU_MICROBATCH = 16
 MIN_GRAD_NORM = 1e-6
 """Below it the squares of float32 gradients may underflow and the norm with them."""
 
@@ -124,108 +129,308 @@ class ClippedSum:
     """Sum over a batch of per-example gradients, each of joint l2 norm ≤ ``l2_sensitivity``.
 
     Sensitive: only a mechanism may consume it. ``values`` has one tensor a
-    parameter; the norm is over all of them together.
+    parameter; the norm is over all of them together. ``unclipped`` of the
+    ``examples`` had a norm below the bound already, ``loss`` is the sum of their losses.
     """
 
     values: tuple[Tensor, ...] = field(repr=False)
     l2_sensitivity: float
+    examples: int = field(default=0, repr=False)
+    unclipped: int = field(default=0, repr=False)
+    loss: float = field(default=0.0, repr=False)
 
 
 class PerExampleClipping:
-    """Clipped gradient sums of a model through Opacus's per-sample engine.
+    """Clipped gradient sums of a model, from one forward and one backward pass.
 
-    Used as a context manager, so that the model's hooks are gone afterwards.
+    Used as a context manager, so that the model is an ordinary one afterwards. Before the
+    first batch is summed, two of its examples are also back-propagated alone, by plain
+    autograd: a model that mixes examples, or whose per-example gradients the engine would
+    get wrong, is refused.
 
     Args:
-        model: any module that Opacus's validators accept; its parameters that
-            require a gradient are the ones trained.
+        model: its parameters that require a gradient are the ones trained.
         loss: the per-example loss; see :data:`PerExampleLoss`.
-        max_grad_norm: the clipping bound.
-        microbatch_size: examples back-propagated at once. Bounds the memory
-            (about microbatch_size × trainable parameters × 4 bytes) and never
-            changes the result's distribution.
+        clipping: the rule, or the bound of flat clipping.
+        microbatch_size: examples back-propagated at once. Bounds the memory and never
+            changes the result's distribution. None takes what fits: the whole batch,
+            halved as often as a GPU's memory runs out; on CPUs 16.
 
     Raises:
-        ValueError: a layer that mixes examples (batch norm) or that Opacus cannot
-            treat per sample, tied parameters included; the message names it.
+        ValueError: nothing is trained, or a layer mixes examples (batch norm); the message
+            names it.
     """
 
     def __init__(
-        self, model: nn.Module, loss: PerExampleLoss, max_grad_norm: float, microbatch_size: int
+        self,
+        model: nn.Module,
+        loss: PerExampleLoss,
+        clipping: Clipping | float,
+        microbatch_size: int | None,
     ) -> None:
-        if not max_grad_norm >= MIN_GRAD_NORM:
-            raise ValueError(f"max_grad_norm must be at least {MIN_GRAD_NORM}, got {max_grad_norm}")
-        if not 1 <= microbatch_size <= MAX_MICROBATCH:
+        if microbatch_size is not None and not 1 <= microbatch_size <= MAX_MICROBATCH:
             raise ValueError(
                 f"microbatch_size must lie between 1 and {MAX_MICROBATCH}, got {microbatch_size}"
             )
+        self.clipping = FlatClipping(clipping) if isinstance(clipping, float | int) else clipping
         self._model = model
         self._loss = loss
-        self._max_grad_norm = max_grad_norm
-        self._microbatch_size = microbatch_size
         self.parameters = tuple(p for p in model.parameters() if p.requires_grad)
         if not self.parameters:
             raise ValueError("the model has no parameter that requires a gradient")
+        _refuse_mixing_layers(model)
+        on_cpu = self.parameters[0].device.type == "cpu"
+        self._microbatch_size = microbatch_size or (CPU_MICROBATCH if on_cpu else MAX_MICROBATCH)
+        self._one_by_one = False
+        self._checked = False
 
     def __enter__(self) -> PerExampleClipping:
-        from opacus.grad_sample import GradSampleModule  # takes seconds; accounting needs none
-
         self._model.train()
-        try:
-            self._engine: Any = GradSampleModule(
-                self._model, batch_first=True, loss_reduction="sum", strict=True
-            )
-        except Exception as error:
-            raise ValueError(f"the model cannot be trained per example: {error}") from error
+        self._book = Book(self.parameters)
+        self._patches = Patches(self._model, self._book)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._engine.to_standard_module()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._patches.remove()
+        self._book.discard()
+        self._forget_gradients()
 
-    def clipped_sum(self, examples: Tensor) -> ClippedSum:
-        """Σ over the batch of g·min(1, max_grad_norm / ‖g‖).
+    def clipped_sum(self, examples: Batch, max_grad_norm: float | None = None) -> ClippedSum:
+        """Σ over the batch of the clipped gradients.
 
         Args:
-            examples: shape (N, ...); N may be 0, whose sum is zero.
+            examples: N of them; N may be 0, whose sum is zero.
+            max_grad_norm: the bound at this step, if it is not the rule's.
 
         Raises:
             NonFiniteGradient: an example whose loss or gradient is NaN or infinite.
+            ValueError: the loss has not one value an example, or the model mixes examples.
         """
+        bound = self.clipping.max_grad_norm if max_grad_norm is None else max_grad_norm
         totals = tuple(torch.zeros_like(p, dtype=torch.float64) for p in self.parameters)
-        for chunk in examples.split(self._microbatch_size) if len(examples) else ():
-            self._add_clipped(chunk, totals)
-        return ClippedSum(totals, self._max_grad_norm)
+        count = size(examples)
+        if count and not self._checked:
+            self._check(examples)
+        unclipped, loss, done = 0, 0.0, 0
+        while done < count:
+            chunk = part(examples, done, self._microbatch_size)
+            try:
+                added = self._add_clipped(chunk, totals, bound)
+            except torch.OutOfMemoryError:
+                self._halve()
+                continue
+            done += size(chunk)
+            unclipped += added[0]
+            loss += added[1]
+        return ClippedSum(totals, bound, count, unclipped, loss)
 
-    def _add_clipped(self, examples: Tensor, totals: tuple[Tensor, ...]) -> None:
-        with warnings.catch_warnings():
-            # Inputs are token ids: the hooks see no gradient for them, which torch remarks on.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            loss_N = self._loss(self._engine, examples)
-            if loss_N.shape != (len(examples),):
-                raise ValueError(
-                    f"the loss must have one value per example, shape ({len(examples)},), "
-                    f"got {tuple(loss_N.shape)}"
-                )
+    def _add_clipped(
+        self, examples: Batch, totals: tuple[Tensor, ...], bound: float
+    ) -> tuple[int, float]:
+        if self._one_by_one:
+            return self._add_one_by_one(examples, totals, bound)
+        try:
+            loss_N = self._keep_book(examples)
+            with self._full_precision():
+                squares_PN = self._book.squared_norms()
+                _refuse_non_finite(squares_PN)
+                weight_PN, unclipped = _weights(self.clipping, squares_PN, bound)
+                self._book.add_weighted(weight_PN, totals)
+        finally:
+            self._book.discard()
+        return unclipped, float(loss_N.sum())
+
+    def _add_one_by_one(
+        self, examples: Batch, totals: tuple[Tensor, ...], bound: float
+    ) -> tuple[int, float]:
+        unclipped, loss = 0, 0.0
+        for example in split(examples, 1):
+            loss_1, gradients = self._alone(example)
+            squares_P1 = _squares(gradients)
+            _refuse_non_finite(squares_P1)
+            weight_P1, below = _weights(self.clipping, squares_P1, bound)
+            for total, gradient, weight in zip(totals, gradients, weight_P1, strict=True):
+                if gradient is not None:
+                    total.add_(exact(gradient) * weight)
+            unclipped += below
+            loss += float(loss_1)
+        return unclipped, loss
+
+    def _keep_book(self, examples: Batch) -> Tensor:
+        """Per-example losses, detached, and a book full of their gradients."""
+        while True:
+            self._book.open(size(examples))
+            try:
+                loss_N = self._losses(examples)
+                break
+            except UnknownUse as use:
+                self._fall_back(use)
+        with self._full_precision():
             loss_N.sum().backward()
-        samples = [p.grad_sample for p in self.parameters]  # type: ignore[attr-defined]
-        squares_N = torch.stack(
-            [g.flatten(1).float().square().sum(1) for g in samples if g is not None]
-        ).sum(0)
-        if not bool(torch.isfinite(squares_N).all()):
-            self._forget()
-            raise NonFiniteGradient(
-                "a per-example gradient is not finite; nothing was released. Lower the learning "
-                "rate, or look for NaN in the model or the data"
+        if any(p.grad is not None for p in self.parameters):
+            names = [n for n, p in self._model.named_parameters() if p.grad is not None]
+            self._forget_gradients()
+            raise ValueError(
+                f"{', '.join(names)}: used outside of the module that owns it, where no "
+                "per-example gradient is kept; call that module, or freeze the parameter"
             )
-        factor_N = (self._max_grad_norm * (1 - _ROUNDING_MARGIN) / squares_N.sqrt()).clamp(max=1.0)
-        for total, g in zip(totals, samples, strict=True):
-            if g is not None:
-                total.view(-1).add_(factor_N @ g.flatten(1).float())
-        self._forget()
+        return loss_N.detach()
 
-    def _forget(self) -> None:
+    def _full_precision(self) -> torch.autocast:
+        """Norms and sums in float32 at least, whatever the forward pass ran in."""
+        return torch.autocast(self.parameters[0].device.type, enabled=False)
+
+    def _losses(self, examples: Batch) -> Tensor:
+        loss_N = self._loss(self._model, examples)
+        if loss_N.shape != (size(examples),):
+            raise ValueError(
+                f"the loss must have one value per example, shape ({size(examples)},), "
+                f"got {tuple(loss_N.shape)}"
+            )
+        return loss_N
+
+    def _alone(self, example: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Loss and gradients of a batch of one, by plain autograd."""
+        loss_1 = self._losses(example)
+        with self._full_precision():
+            loss_1.sum().backward()
+        gradients = tuple(p.grad for p in self.parameters)
+        self._forget_gradients()
+        return loss_1.detach(), gradients
+
+    def _forget_gradients(self) -> None:
         for parameter in self.parameters:
-            parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
+
+    def _fall_back(self, use: UnknownUse) -> None:
+        self._patches.fall_back(use.module)
+        warnings.warn(
+            f"{type(use.module).__name__} uses its parameters in {use.function}, for which there "
+            "is no rule: its per-example gradients come from functorch, which is slower",
+            stacklevel=2,
+        )
+
+    def _halve(self) -> None:
+        if self._microbatch_size == 1:
+            raise MemoryError("not enough memory for a single example; shorten the context")
+        self._microbatch_size //= 2
+        torch.cuda.empty_cache()
+
+    def _check(self, examples: Batch) -> None:
+        """Find layers whose first dimension is not the example, and compare with autograd."""
+        was_training = self._model.training
+        self._model.eval()  # dropout would differ between two passes
+        try:
+            shared = self._shared_parameters(examples)
+            if shared:
+                self._one_by_one = True
+                warnings.warn(
+                    f"{', '.join(shared)}: used once for all examples of a batch, so that "
+                    "examples are back-propagated one by one, which is slow; freeze it to avoid "
+                    "that",
+                    stacklevel=2,
+                )
+            else:
+                self._compare_with_autograd(cycle(examples, 2))
+        finally:
+            self._book.discard()
+            self._model.train(was_training)
+        self._checked = True
+
+    def _shared_parameters(self, examples: Batch) -> list[str]:
+        """Names of parameters whose uses do not grow with the number of examples."""
+        while True:
+            try:
+                seen = [self._rows_of_uses(cycle(examples, n)) for n in (2, 3)]
+                break
+            except UnknownUse as use:
+                self._fall_back(use)
+        two, three = seen
+        names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        shared = {i for (i, r2), (j, r3) in zip(two, three, strict=False) if 3 * r2 != 2 * r3}
+        if [i for i, _ in two] != [j for j, _ in three]:
+            raise ValueError(
+                "the model uses other parameters for three examples than for two: it mixes "
+                "examples, as some expert routing does, and cannot be trained per example"
+            )
+        return [names[i] for i in sorted(shared)]
+
+    def _rows_of_uses(self, examples: Batch) -> list[tuple[int, int]]:
+        with torch.no_grad(), self._book.watching_rows(size(examples)) as rows:
+            self._losses(examples)
+        return rows
+
+    def _compare_with_autograd(self, examples: Batch) -> None:
+        self._keep_book(examples)
+        with self._full_precision():
+            together_PN = self._book.squared_norms().sqrt()
+        self._book.discard()
+        alone_PN = torch.stack(
+            [_squares(self._alone(one)[1])[:, 0] for one in split(examples, 1)], dim=1
+        ).sqrt()
+        _refuse_non_finite(alone_PN)
+        _refuse_non_finite(together_PN)
+        whole_N = alone_PN.square().sum(0).sqrt()
+        tolerance = _tolerance(self.parameters[0])
+        wrong_P = ((together_PN - alone_PN.to(together_PN)).abs() > tolerance * whole_N).any(1)
+        if wrong_P.any():
+            names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+            named = ", ".join(names[i] for i in wrong_P.nonzero()[:3, 0].tolist())
+            raise ValueError(
+                f"an example's gradient in a batch differs from its gradient alone (at {named}): "
+                "the model or the loss mixes examples, and cannot be trained per example"
+            )
+
+
+def _weights(clipping: Clipping, squares_PN: Tensor, bound: float) -> tuple[Tensor, int]:
+    """Factors of shape (parameters, examples), and how many examples are not clipped."""
+    keep = bound * (1 - _ROUNDING_MARGIN)
+    if isinstance(clipping, PerLayerClipping):
+        norm_PN = squares_PN.sqrt()
+        weight_PN = (keep / math.sqrt(len(squares_PN)) / norm_PN).clamp(max=1.0)
+        return weight_PN, int((weight_PN == 1).all(0).sum())
+    norm_N = squares_PN.sum(0).sqrt()
+    unclipped = int((norm_N <= keep).sum())
+    if isinstance(clipping, AutomaticClipping):
+        weight_N = keep / (norm_N + clipping.stability)
+    else:
+        weight_N = (keep / norm_N).clamp(max=1.0)
+    return weight_N.expand_as(squares_PN), unclipped
+
+
+def _squares(gradients: tuple[Tensor | None, ...]) -> Tensor:
+    """Squared norms of one example's gradients, shape (parameters, 1)."""
+    like = next(exact(g) for g in gradients if g is not None)
+    zero = like.new_zeros(())
+    return torch.stack([zero if g is None else exact(g).square().sum() for g in gradients])[:, None]
+
+
+def _refuse_non_finite(squares_PN: Tensor) -> None:
+    if not bool(torch.isfinite(squares_PN.sum(0)).all()):
+        raise NonFiniteGradient(
+            "a per-example gradient is not finite; nothing was released. Lower the learning "
+            "rate, or look for NaN in the model or the data"
+        )
+
+
+def _tolerance(parameter: nn.Parameter) -> float:
+    """How far two float paths to one norm may differ, relative to the whole norm."""
+    kind = parameter.device.type
+    if torch.is_autocast_enabled(kind) or parameter.dtype in {torch.bfloat16, torch.float16}:
+        return 0.2
+    return 1e-2 if kind == "cuda" else 2e-3  # TensorFloat-32 may be on
+
+
+def _refuse_mixing_layers(model: nn.Module) -> None:
+    """Refuse what keeps statistics over examples, frozen or not (Opacus's validators know)."""
+    from opacus.validators import ModuleValidator  # takes seconds; accounting needs none
+
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        validator = ModuleValidator.VALIDATORS.get(type(module))
+        if validator is None or validator(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, whose statistics mix the examples of a "
+                "batch; replace it by GroupNorm or LayerNorm"
+            )

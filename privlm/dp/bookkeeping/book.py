@@ -1,0 +1,317 @@
+"""What one backward pass says of each parameter's per-example gradients.
+
+Shape suffixes: N examples, R rows of an example (tokens, patches), I and O the rows
+and columns of a matrix, P entries of a parameter, K looked-up rows, D their width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+FLOPS_PER_BYTE = 8.0
+"""Multiply-adds that cost as much time as moving one byte, on CPUs; GPUs have more of them."""
+
+MAX_SCRATCH_BYTES = 64 << 20
+"""What norms of booked matrices may take while they are computed."""
+
+
+@dataclass
+class Outer:
+    """A gradient Σ_r left[n, r]ᵀ right[n, r], not multiplied out."""
+
+    left_NRI: Tensor
+    right_NRO: Tensor
+
+
+@dataclass
+class Lookup:
+    """A gradient that adds ``values[n, r]`` to row ``ids[n, r]``."""
+
+    ids_NR: Tensor
+    values_NRD: Tensor
+
+
+@dataclass
+class Account:
+    """One parameter's per-example gradients: the sum of all entries.
+
+    Attributes:
+        shape: of the parameter.
+        samples_NP: gradients multiplied out, flattened; None if there are none.
+        outers: matrix gradients still to be multiplied out.
+        lookups: gradients of rows.
+    """
+
+    shape: torch.Size
+    samples_NP: Tensor | None = field(default=None, repr=False)
+    outers: list[Outer] = field(default_factory=list, repr=False)
+    lookups: list[Lookup] = field(default_factory=list, repr=False)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the parameter played no part."""
+        return self.samples_NP is None and not self.outers and not self.lookups
+
+    def add_samples(self, samples_NP: Tensor) -> None:
+        """Enter gradients that are multiplied out; the tensor is ours from here on."""
+        if self.samples_NP is None:
+            self.samples_NP = samples_NP
+        else:
+            self.samples_NP += samples_NP
+
+    def add_outer(self, entry: Outer) -> None:
+        """Enter a matrix's gradient, multiplied out where that is cheaper."""
+        N, R, I = entry.left_NRI.shape  # noqa: E741
+        O = entry.right_NRO.shape[2]  # noqa: E741
+        if not self.outers and _worth_multiplying_out(R, I, O):
+            self.add_samples(_multiplied(entry).view(N, I * O))
+        else:
+            self.outers.append(entry)
+
+    def close(self) -> None:
+        """Bring all entries into the fewest forms; before norms and sums."""
+        if len(self.outers) > 1:  # uses of one matrix are more rows of one use
+            self.outers = [
+                Outer(
+                    torch.cat([entry.left_NRI for entry in self.outers], dim=1),
+                    torch.cat([entry.right_NRO for entry in self.outers], dim=1),
+                )
+            ]
+        if len(self.lookups) > 1:
+            self.lookups = [
+                Lookup(
+                    torch.cat([entry.ids_NR for entry in self.lookups], dim=1),
+                    torch.cat([entry.values_NRD for entry in self.lookups], dim=1),
+                )
+            ]
+        if self.samples_NP is None:
+            return
+        samples_NIO = self.samples_NP.view(len(self.samples_NP), *self.shape)
+        for outer in self.outers:
+            samples_NIO += _multiplied(outer)
+        for lookup in self.lookups:
+            example_NR = torch.arange(len(samples_NIO), device=lookup.ids_NR.device)[:, None]
+            samples_NIO.index_put_(
+                (example_NR.expand_as(lookup.ids_NR), lookup.ids_NR),
+                lookup.values_NRD.to(samples_NIO.dtype),
+                accumulate=True,
+            )
+        self.outers, self.lookups = [], []
+
+    def squared_norms(self) -> Tensor:
+        """‖g‖² of every example, shape (N,); after :meth:`close`."""
+        if self.samples_NP is not None:
+            return _squares(self.samples_NP)
+        total: Tensor | None = None
+        for outer in self.outers:
+            total = _squared_norms_of_outer(outer)
+        for lookup in self.lookups:
+            rows = _grouped(lookup)
+            of_rows_N = torch.zeros(
+                len(lookup.ids_NR), dtype=rows.sums_KD.dtype, device=rows.sums_KD.device
+            ).index_add_(0, rows.example_K, rows.sums_KD.square().sum(1))
+            total = of_rows_N if total is None else total + of_rows_N
+        if self.outers and self.lookups:
+            assert total is not None
+            total = total + 2 * _inner_products(self.outers[0], self.lookups[0])
+        assert total is not None  # only accounts with entries are asked
+        return total
+
+    def add_weighted(self, weight_N: Tensor, total: Tensor) -> None:
+        """``total`` += Σ_n weight[n] · g[n]; after :meth:`close`."""
+        if self.samples_NP is not None:
+            total.view(-1).add_(weight_N.to(self.samples_NP.dtype) @ self.samples_NP)
+        for outer in self.outers:
+            left, right = outer.left_NRI, outer.right_NRO
+            weight = weight_N.to(left.dtype)[:, None, None]
+            if left.shape[2] <= right.shape[2]:  # scale the smaller factor
+                left = left * weight
+            else:
+                right = right * weight
+            total.add_(left.flatten(0, 1).T @ right.flatten(0, 1))
+        for lookup in self.lookups:
+            values = lookup.values_NRD * weight_N.to(lookup.values_NRD.dtype)[:, None, None]
+            total.index_add_(0, lookup.ids_NR.flatten(), values.flatten(0, 1).to(total.dtype))
+
+
+class Book:
+    """The accounts of a model's trained parameters, during one backward pass.
+
+    Args:
+        parameters: those that are trained, each once.
+    """
+
+    def __init__(self, parameters: tuple[nn.Parameter, ...]) -> None:
+        self.parameters = parameters
+        self.examples = 0
+        self._accounts: list[Account] = []
+        self._index: dict[int, tuple[int, Tensor]] = {}
+        self._leading: list[tuple[int, int]] | None = None
+        for index, parameter in enumerate(parameters):
+            self.alias(parameter, index)
+
+    def alias(self, tensor: Tensor, index: int) -> None:
+        """Recognise ``tensor`` as the parameter of that index."""
+        if id(tensor) not in self._index:
+            self._index[id(tensor)] = (index, tensor)  # kept, so that its id stays its own
+
+    def knows(self, value: object) -> bool:
+        """Whether ``value`` is a trained parameter."""
+        return id(value) in self._index
+
+    def open(self, examples: int) -> None:
+        """Begin a backward pass over so many examples."""
+        self.examples = examples
+        self._accounts = [Account(p.shape) for p in self.parameters]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether entries are taken."""
+        return self.examples > 0
+
+    @contextlib.contextmanager
+    def watching_rows(self, examples: int) -> Iterator[list[tuple[int, int]]]:
+        """Collect (parameter, leading rows) of every use, in order, and enter nothing else."""
+        self.examples, self._leading = examples, []
+        try:
+            yield self._leading
+        finally:
+            self.examples, self._leading = 0, None
+
+    def note(self, parameter: Tensor, rows: int) -> None:
+        """A use of ``parameter`` whose result has so many leading rows."""
+        if self._leading is not None:
+            self._leading.append((self._index[id(parameter)][0], rows))
+
+    def discard(self) -> None:
+        """Forget all entries."""
+        self.examples = 0
+        self._accounts = []
+
+    def index(self, value: Tensor | None) -> int | None:
+        """Of a trained parameter; None for any other tensor.
+
+        Operations ask in forward: what they saved may come back as another object.
+        """
+        return self._index[id(value)][0] if id(value) in self._index else None
+
+    def account(self, index: int) -> Account:
+        """Where the entries of that parameter go."""
+        return self._accounts[index]
+
+    def by_example(self, rows: Tensor) -> Tensor:
+        """(L, ...) with L = examples · k leading rows, as (examples, k, ...).
+
+        Raises:
+            ValueError: the rows cannot be shared out evenly.
+        """
+        if rows.shape[0] % self.examples:
+            raise ValueError(
+                f"a layer got {rows.shape[0]} rows from {self.examples} examples: it mixes them, "
+                "or has another first dimension than the example; freeze its parameters"
+            )
+        return rows.reshape(self.examples, -1, *rows.shape[1:])
+
+    def squared_norms(self) -> Tensor:
+        """Squared norms, shape (parameters, examples), float32 or float64."""
+        norms: list[Tensor | None] = []
+        for account in self._accounts:
+            account.close()
+            norms.append(None if account.empty else account.squared_norms())
+        like = next((n for n in norms if n is not None), None)
+        if like is None:
+            return torch.zeros(len(norms), self.examples)
+        return torch.stack([torch.zeros_like(like) if n is None else n.to(like) for n in norms])
+
+    def add_weighted(self, weight: Tensor, totals: tuple[Tensor, ...]) -> None:
+        """Add the weighted sum of the per-example gradients to ``totals``.
+
+        Args:
+            weight: (parameters, examples).
+            totals: one a parameter, of its shape.
+        """
+        for account, weight_N, total in zip(self._accounts, weight, totals, strict=True):
+            if not account.empty:
+                account.add_weighted(weight_N, total)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Looked-up rows with all contributions of an example to a row added up."""
+
+    example_K: Tensor
+    sums_KD: Tensor
+
+
+def _worth_multiplying_out(rows: int, height: int, width: int) -> bool:
+    """Whether I·O numbers an example are cheaper than a Gram matrix of its R rows.
+
+    Multiplied out, an example moves about 8·I·O bytes more than its plain gradient
+    does; a Gram matrix costs 2·R²·(I + O) operations. Memory is not to exceed twice
+    that of the factors, R·(I + O).
+    """
+    moved = 8 * height * width * FLOPS_PER_BYTE
+    return moved < 2 * rows**2 * (height + width) and height * width <= 2 * rows * (height + width)
+
+
+def _multiplied(entry: Outer) -> Tensor:
+    return torch.bmm(entry.left_NRI.mT, entry.right_NRO)
+
+
+def _squares(rows_NP: Tensor) -> Tensor:
+    norms_N: Tensor = torch.linalg.vector_norm(rows_NP, dim=1)
+    return norms_N.square()
+
+
+def _squared_norms_of_outer(entry: Outer) -> Tensor:
+    """Σ_rs ⟨left_r, left_s⟩ ⟨right_r, right_s⟩, or of the product, whichever takes less."""
+    N, R, I = entry.left_NRI.shape  # noqa: E741
+    O = entry.right_NRO.shape[2]  # noqa: E741
+    if R == 1:
+        return entry.left_NRI[:, 0].square().sum(1) * entry.right_NRO[:, 0].square().sum(1)
+    gram = R * (I + O) < I * O
+    each = (2 * R * R if gram else I * O) * entry.left_NRI.element_size()
+    chunk = max(1, MAX_SCRATCH_BYTES // each)
+    norms = []
+    for start in range(0, N, chunk):
+        left, right = entry.left_NRI[start : start + chunk], entry.right_NRO[start : start + chunk]
+        if gram:
+            product = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
+            norms.append(product.flatten(1).sum(1).clamp_(min=0))  # rounding may go below
+        else:
+            product = torch.bmm(left.mT, right)
+            norms.append(_squares(product.flatten(1)))
+    return torch.cat(norms)
+
+
+def _grouped(entry: Lookup) -> _Rows:
+    N = len(entry.ids_NR)
+    width = entry.values_NRD.shape[2]
+    height = int(entry.ids_NR.max()) + 1 if entry.ids_NR.numel() else 1
+    example_NR = torch.arange(N, device=entry.ids_NR.device)[:, None]
+    keys, place = torch.unique(example_NR * height + entry.ids_NR, return_inverse=True)
+    sums_KD = torch.zeros(
+        len(keys), width, dtype=entry.values_NRD.dtype, device=entry.values_NRD.device
+    ).index_add_(0, place.flatten(), entry.values_NRD.flatten(0, 1))
+    return _Rows(keys // height, sums_KD)
+
+
+def _inner_products(outer: Outer, lookup: Lookup) -> Tensor:
+    """⟨Σ_s left_sᵀ right_s, Σ_t e(id_t) value_tᵀ⟩ = Σ_ts left_s[id_t] ⟨right_s, value_t⟩."""
+    N, R = outer.left_NRI.shape[:2]
+    T = lookup.ids_NR.shape[1]
+    chunk = max(1, MAX_SCRATCH_BYTES // (2 * R * T * outer.left_NRI.element_size()))
+    products = []
+    for start in range(0, N, chunk):
+        part = slice(start, start + chunk)
+        left_NRI, ids_NT = outer.left_NRI[part], lookup.ids_NR[part]
+        at_ids_NRT = left_NRI.gather(2, ids_NT[:, None, :].expand(-1, R, -1))
+        values_NTD = lookup.values_NRD[part].to(outer.right_NRO.dtype)
+        at_ids_NRT *= torch.bmm(outer.right_NRO[part], values_NTD.mT)
+        products.append(at_ids_NRT.flatten(1).sum(1))
+    return torch.cat(products)

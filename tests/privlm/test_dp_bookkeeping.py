@@ -1,0 +1,456 @@
+"""Clipped sums of the one-pass engine against a loop of plain autograd over single examples."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from privlm.dp.batches import select, size, split
+from privlm.dp.clipping import (
+    AutomaticClipping,
+    FlatClipping,
+    NonFiniteGradient,
+    PerExampleClipping,
+    PerLayerClipping,
+)
+from privlm.models import TinyConfig, TinyDecoder, per_example_loss
+
+VOCABULARY = 40
+TOKENS = 12
+EXAMPLES = 7
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(5)
+
+
+def alone(model, loss, batch):
+    """Each example's gradients, by plain autograd on a batch of one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for example in split(batch, 1):
+        loss(model, example).sum().backward()
+        rows.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        model.zero_grad(set_to_none=True)
+    return rows
+
+
+def norm_of(gradients):
+    return float(torch.sqrt(sum(g.double().square().sum() for g in gradients)))
+
+
+def summed(model, loss, batch, clipping=0.5, microbatch=4):
+    with PerExampleClipping(model, loss, clipping, microbatch) as engine:
+        return engine.clipped_sum(batch)
+
+
+def assert_equal_sums(model, loss, batch, *, microbatch=4, tolerance=1e-9):
+    """Against a loop over single examples, with a bound that clips half of them."""
+    gradients = alone(model, loss, batch)
+    norms = [norm_of(row) for row in gradients]
+    bound = sorted(norms)[len(norms) // 2]
+    got = summed(model, loss, batch, bound, microbatch).values
+    weights = [min(1.0, bound * (1 - 1e-5) / norm) for norm in norms]
+    expected = [
+        sum(w * g for w, g in zip(weights, column, strict=True))
+        for column in zip(*gradients, strict=True)
+    ]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert (a - b).norm() <= tolerance * norm_of(expected), name
+
+
+def ids(count=EXAMPLES, tokens=TOKENS):
+    return torch.randint(VOCABULARY, (count, tokens))
+
+
+def causal(model, batch):
+    return per_example_loss(model(batch), batch, torch.ones_like(batch).bool())
+
+
+def causal_hf(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return per_example_loss(logits, batch["input_ids"], batch["attention_mask"].bool())
+
+
+def squared(model, batch):
+    return model(batch).flatten(1).square().sum(1)
+
+
+def padded():
+    mask = torch.ones(EXAMPLES, TOKENS, dtype=torch.long)
+    for n in range(EXAMPLES):
+        mask[n, TOKENS - n :] = 0
+    return {"input_ids": ids(), "attention_mask": mask}
+
+
+def gpt2(**changes):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "n_positions": TOKENS,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPT2LMHeadModel(GPT2Config(**settings | changes)).double()
+
+
+def llama(**changes):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": TOKENS,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).double()
+
+
+@pytest.mark.usefixtures("seeded")
+class TestLanguageModels:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("microbatch", [1, 3, 64])
+    def test_tiny(self, tied, microbatch):
+        config = TinyConfig(
+            vocab_size=VOCABULARY, context=TOKENS, width=16, heads=2, tied_head=tied
+        )
+        model = TinyDecoder(config, torch.Generator().manual_seed(1)).double()
+        assert_equal_sums(model, causal, ids(), microbatch=microbatch)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_gpt2_with_padding(self, tied):
+        assert_equal_sums(gpt2(tie_word_embeddings=tied), causal_hf, padded())
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_llama(self, tied):
+        assert_equal_sums(llama(tie_word_embeddings=tied), causal_hf, padded())
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_activation_checkpointing(self, reentrant):
+        model = gpt2()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        model.train()
+        assert_equal_sums(model, causal_hf, padded())
+
+    def test_long_rows_and_short_ones_take_different_ways(self):
+        """Few rows are booked, many are multiplied out; tied ones meet in both forms."""
+        for width, tokens in ((64, 3), (8, 60)):
+            config = TinyConfig(
+                vocab_size=VOCABULARY, context=tokens, width=width, heads=2, tied_head=True
+            )
+            model = TinyDecoder(config, torch.Generator().manual_seed(1)).double()
+            assert_equal_sums(model, causal, ids(tokens=tokens))
+
+    def test_a_model_that_shares_a_bias_among_examples_goes_one_by_one(self):
+        config = T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+        model = T5ForConditionalGeneration(config).double()
+
+        def loss(model, batch):
+            logits = model(input_ids=batch, decoder_input_ids=batch).logits
+            return per_example_loss(logits, batch, torch.ones_like(batch).bool())
+
+        with pytest.warns(UserWarning, match="relative_attention_bias.*one by one"):
+            assert_equal_sums(model, loss, ids())
+
+
+class Net(nn.Module):
+    """A module from a function and its layers."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.double()
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Twice(nn.Module):
+    """One parameter in several elementwise uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 5))
+        self.positions = nn.Parameter(torch.randn(1, 4, 5))
+        self.scale = nn.Parameter(torch.randn(5))
+        self.temperature = nn.Parameter(torch.tensor(1.3))
+        self.double()
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = (x + self.positions) * self.scale - self.scale
+        return x * self.temperature * self.scale
+
+
+class Einsum(nn.Module):
+    """A parameter in an operation without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5).double())
+
+    def forward(self, x):
+        return torch.einsum("oi,...i->...o", self.weight, x).sin()
+
+
+LAYERS = {
+    "linear on a vector": (lambda: Net(lambda m, x: m.a(x), a=nn.Linear(5, 3)), (5,)),
+    "linear on rows": (lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Linear(5, 3)), (6, 5)),
+    "linear on a grid": (lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Linear(5, 3)), (2, 3, 5)),
+    "linear without bias": (
+        lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Linear(5, 3, bias=False)),
+        (6, 5),
+    ),
+    "linear used twice": (
+        lambda: Net(lambda m, x: m.a(m.a(x).tanh()[:, :4]).sin(), a=nn.Linear(5, 5)),
+        (6, 5),
+    ),
+    "rows flattened over examples": (
+        lambda: Net(lambda m, x: m.a(x.flatten(0, 1)).view(len(x), -1).sin(), a=nn.Linear(5, 3)),
+        (6, 5),
+    ),
+    "layer norm": (
+        lambda: Net(lambda m, x: m.b(m.a(x)).sin(), a=nn.LayerNorm(5), b=nn.LayerNorm((6, 5))),
+        (6, 5),
+    ),
+    "rms norm": (lambda: Net(lambda m, x: m.a(x).sin(), a=nn.RMSNorm(5)), (6, 5)),
+    "patches": (
+        lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Conv2d(3, 4, 2, stride=2)),
+        (3, 4, 6),
+    ),
+    "convolution": (
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).sin()).sin(),
+            a=nn.Conv2d(3, 4, 3, padding=1, dilation=1),
+            b=nn.Conv2d(4, 2, (2, 3), stride=(1, 2), padding="valid", bias=False),
+        ),
+        (3, 5, 6),
+    ),
+    "sound": (
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).sin()).sin(),
+            a=nn.Conv1d(3, 4, 3, padding=1),
+            b=nn.Conv1d(4, 2, 3, stride=2, padding=1),
+        ),
+        (3, 8),
+    ),
+    "convolution of the same size": (
+        lambda: Net(lambda m, x: m.a(x).sin(), a=nn.Conv1d(3, 4, 5, padding="same", dilation=2)),
+        (3, 8),
+    ),
+    "tokens, positions and scales": (Twice, (3, 5)),
+    "checkpointed": (
+        lambda: Net(
+            lambda m, x: checkpoint(lambda y: m.b(m.a(y).sin()), x, use_reentrant=False),
+            a=nn.Linear(5, 4),
+            b=nn.Linear(4, 3),
+        ),
+        (6, 5),
+    ),
+}
+
+
+@pytest.mark.usefixtures("seeded")
+class TestLayers:
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_layer(self, name):
+        build, shape = LAYERS[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_equal_sums(build(), squared, torch.randn(EXAMPLES, *shape).double())
+
+    @pytest.mark.parametrize(
+        "frozen", ["a.weight", "a.bias", "n.weight", "n.bias", "c.weight", "c.bias"]
+    )
+    def test_frozen_parts_stay_out(self, frozen):
+        model = Net(
+            lambda m, x: m.a(m.n(m.c(x))).sin(),
+            c=nn.Conv1d(3, 3, 1),
+            n=nn.LayerNorm(5),
+            a=nn.Linear(5, 2),
+        )
+        model.get_parameter(frozen).requires_grad_(False)
+        assert_equal_sums(model, squared, torch.randn(EXAMPLES, 3, 5).double())
+
+    @pytest.mark.parametrize("padding", [None, 3])
+    def test_embedding_with_repeated_tokens(self, padding):
+        model = Net(lambda m, x: m.a(x).sin(), a=nn.Embedding(8, 5, padding_idx=padding))
+        assert_equal_sums(model, squared, torch.randint(8, (EXAMPLES, 9)))
+
+    def test_one_row_of_positions_for_all_examples(self):
+        model = Net(
+            lambda m, x: (m.a(x) + m.b(torch.arange(9)[None])).sin(),
+            a=nn.Embedding(8, 5),
+            b=nn.Embedding(9, 5),
+        )
+        assert_equal_sums(model, squared, torch.randint(8, (EXAMPLES, 9)))
+
+    def test_positions_as_long_as_the_batch_are_not_taken_for_examples(self):
+        """A vector of as many positions as there are examples: the trap of broadcast ids."""
+        model = Net(
+            lambda m, x: (m.a(x) + m.b(torch.arange(8))).sin(),
+            a=nn.Embedding(8, 5),
+            b=nn.Embedding(8, 5),
+        )
+        with pytest.warns(UserWarning, match=r"b\.weight.*one by one"):
+            assert_equal_sums(model, squared, torch.randint(8, (8, 8)), microbatch=8)
+
+    def test_an_unknown_use_falls_back_to_functorch_and_says_so(self):
+        model = Net(lambda m, x: m.a(m.e(x)), e=Einsum(), a=nn.Linear(3, 2))
+        with pytest.warns(UserWarning, match=r"Einsum uses its parameters in einsum.*functorch"):
+            assert_equal_sums(model, squared, torch.randn(EXAMPLES, 6, 5).double())
+
+
+@pytest.mark.usefixtures("seeded")
+class TestRefusals:
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_batch_norm(self, trained):
+        model = Net(lambda m, x: m.a(m.b(x)), b=nn.BatchNorm1d(5), a=nn.Linear(5, 3))
+        model.b.requires_grad_(trained)
+        with pytest.raises(ValueError, match="b is a BatchNorm1d, whose statistics mix"):
+            summed(model, squared, torch.randn(EXAMPLES, 5).double())
+
+    def test_examples_mixed_by_a_mean(self):
+        model = Net(lambda m, x: m.a(x - x.mean(0)), a=nn.Linear(5, 3))
+        with pytest.raises(ValueError, match="mixes examples"):
+            summed(model, squared, torch.randn(EXAMPLES, 5).double())
+
+    def test_a_loss_that_couples_examples(self):
+        model = Net(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+        with pytest.raises(ValueError, match="mixes examples"):
+            summed(
+                model,
+                lambda model, x: squared(model, x) / len(x),
+                torch.randn(EXAMPLES, 5).double(),
+            )
+
+    def test_routing_over_examples(self):
+        def route(m, x):
+            flat = x.flatten(0, 1)
+            first = flat[:, 0] > 0
+            out = torch.zeros(len(flat), 3).double()
+            out[first], out[~first] = m.a(flat[first]), m.b(flat[~first])
+            return out.view(*x.shape[:2], 3)
+
+        model = Net(route, a=nn.Linear(5, 3), b=nn.Linear(5, 3))
+        with pytest.warns(UserWarning, match="one by one"):  # right, if slow
+            assert_equal_sums(model, squared, torch.randn(EXAMPLES, 6, 5).double())
+
+    def test_a_parameter_used_behind_its_modules_back(self):
+        model = Net(lambda m, x: F.linear(m.a(x), m.b.weight), a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+        with pytest.raises(ValueError, match=r"b\.weight: used outside of the module that owns it"):
+            summed(model, squared, torch.randn(EXAMPLES, 6, 5).double())
+
+    def test_a_mean_loss(self):
+        model = Net(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+        with pytest.raises(ValueError, match="one value per example"):
+            summed(model, lambda m, x: squared(m, x).mean(), torch.randn(EXAMPLES, 5).double())
+
+    def test_not_a_number(self):
+        model = Net(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+        batch = torch.randn(EXAMPLES, 5).double()
+        batch[3, 2] = torch.nan
+        with pytest.raises(NonFiniteGradient):
+            summed(model, squared, batch)
+        assert all(p.grad is None for p in model.parameters())
+
+    def test_nothing_is_left_behind(self):
+        model = gpt2()
+        before = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+        summed(model, causal_hf, padded())
+        after = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+        assert before == after
+        assert all(p.grad is None for p in model.parameters())
+        causal_hf(model, padded()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("seeded")
+class TestRules:
+    def norms(self, model, batch, clipping):
+        return [norm_of(summed(model, causal_hf, one, clipping).values) for one in split(batch, 1)]
+
+    @pytest.mark.parametrize(
+        "clipping", [FlatClipping(0.3), PerLayerClipping(0.3), AutomaticClipping(0.3)]
+    )
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_no_norm_exceeds_the_bound(self, clipping, autocast):
+        model, batch = gpt2().float(), padded()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            norms = self.norms(model, batch, clipping)
+        assert max(norms) <= 0.3
+        assert max(norms) > 0.1
+
+    def test_sums_in_bfloat16_are_those_of_single_precision_but_for_rounding(self):
+        model, batch = gpt2().float(), padded()
+        exact = summed(model, causal_hf, batch).values
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = summed(model, causal_hf, batch)
+        error = torch.sqrt(
+            sum((a - b).square().sum() for a, b in zip(exact, rounded.values, strict=True))
+        )
+        assert 0 < error < 0.1 * torch.sqrt(sum(a.square().sum() for a in exact))
+        assert all(v.dtype == torch.float64 for v in rounded.values)
+
+    def test_layers_keep_their_share(self):
+        model, batch = gpt2(), padded()
+        for one in split(batch, 1):
+            values = summed(model, causal_hf, one, PerLayerClipping(0.01)).values
+            share = 0.01 / len(values) ** 0.5
+            assert all(v.norm() <= share for v in values)
+            assert sum(bool(v.norm() > 0.99 * share) for v in values) > len(values) / 2
+
+    def test_automatic_clipping_normalises(self):
+        model, batch = gpt2(), padded()
+        flat = summed(model, causal_hf, select(batch, torch.tensor([0])), 1e6).values
+        norm = torch.sqrt(sum(v.square().sum() for v in flat))
+        auto = summed(
+            model, causal_hf, select(batch, torch.tensor([0])), AutomaticClipping(0.3, 0.02)
+        ).values
+        for a, b in zip(auto, flat, strict=True):
+            torch.testing.assert_close(a, b * 0.3 * (1 - 1e-5) / (norm + 0.02))
+
+    def test_examples_below_the_bound_are_counted(self):
+        model, batch = gpt2(), padded()
+        norms = sorted(self.norms(model, batch, FlatClipping(1e6)))
+        bound = (norms[2] + norms[3]) / 2
+        got = summed(model, causal_hf, batch, bound)
+        assert (got.examples, got.unclipped) == (size(batch), 3)
+
+    def test_an_empty_batch_is_a_sum_of_zero(self):
+        model = gpt2()
+        got = summed(model, causal_hf, select(padded(), torch.zeros(0, dtype=torch.long)))
+        assert got.examples == 0
+        assert all((v == 0).all() for v in got.values)
