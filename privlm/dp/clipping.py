@@ -1,6 +1,6 @@
 """Per-example gradient clipping: the one place where sensitivity is made.
 
-Shape suffixes: N examples of a batch, P parameters of one tensor.
+Shape suffixes: N examples of a batch, C of them counted, P parameters of one tensor.
 """
 
 from __future__ import annotations
@@ -195,50 +195,68 @@ class PerExampleClipping:
         self._book.discard()
         self._forget_gradients()
 
-    def clipped_sum(self, examples: Batch, max_grad_norm: float | None = None) -> ClippedSum:
+    def clipped_sum(
+        self, examples: Batch, max_grad_norm: float | None = None, counted: int | None = None
+    ) -> ClippedSum:
         """Σ over the batch of the clipped gradients.
 
         Args:
             examples: N of them; N may be 0, whose sum is zero.
             max_grad_norm: the bound at this step, if it is not the rule's.
+            counted: only so many, the first ones, are summed. The rest run along with them, for
+                processes that share a model must run it equally often; None counts all.
 
         Raises:
             NonFiniteGradient: an example whose loss or gradient is NaN or infinite.
             ValueError: the loss has not one value an example, or the model mixes examples.
         """
         bound = self.clipping.max_grad_norm if max_grad_norm is None else max_grad_norm
-        totals = tuple(torch.zeros_like(p, dtype=torch.float64) for p in self.parameters)
+        totals = self._zeros()
         count = size(examples)
+        counted = count if counted is None else counted
         if count and not self._checked:
             self._check(examples)
         unclipped, loss, done = 0, 0.0, 0
         while done < count:
             chunk = part(examples, done, self._microbatch_size)
             try:
-                added = self._add_clipped(chunk, totals, bound)
+                added = self._add_clipped(chunk, totals, bound, max(0, counted - done))
             except torch.OutOfMemoryError:
                 self._halve()
                 continue
             done += size(chunk)
             unclipped += added[0]
             loss += added[1]
-        return ClippedSum(totals, bound, count, unclipped, loss)
+        return ClippedSum(totals, bound, counted, unclipped, loss)
+
+    def _zeros(self) -> tuple[Tensor, ...]:
+        """What sums begin from: float64, one a parameter."""
+        return tuple(torch.zeros_like(p, dtype=torch.float64) for p in self.parameters)
 
     def _add_clipped(
-        self, examples: Batch, totals: tuple[Tensor, ...], bound: float
+        self, examples: Batch, totals: tuple[Tensor, ...], bound: float, counted: int
     ) -> tuple[int, float]:
         if self._one_by_one:
-            return self._add_one_by_one(examples, totals, bound)
+            return self._add_one_by_one(part(examples, 0, counted), totals, bound)
         try:
             loss_N = self._keep_book(examples)
-            with self._full_precision():
-                squares_PN = self._book.squared_norms()
-                _refuse_non_finite(squares_PN)
-                weight_PN, unclipped = _weights(self.clipping, squares_PN, bound)
-                self._book.add_weighted(weight_PN, totals)
+            with torch.no_grad(), self._full_precision():
+                squares_PN = self._finite_squares()
+                weight_PC, unclipped = _weights(self.clipping, squares_PN[:, :counted], bound)
+                weight_PN = torch.zeros_like(squares_PN)
+                weight_PN[:, :counted] = weight_PC
+                self._add_weighted(weight_PN, totals)
         finally:
             self._book.discard()
-        return unclipped, float(loss_N.sum())
+        return unclipped, float(loss_N[:counted].sum())
+
+    def _finite_squares(self) -> Tensor:
+        squares_PN = self._book.squared_norms()
+        _refuse_non_finite(squares_PN)
+        return squares_PN
+
+    def _add_weighted(self, weight_PN: Tensor, totals: tuple[Tensor, ...]) -> None:
+        self._book.add_weighted(weight_PN, totals)
 
     def _add_one_by_one(
         self, examples: Batch, totals: tuple[Tensor, ...], bound: float
@@ -362,7 +380,7 @@ class PerExampleClipping:
 
     def _compare_with_autograd(self, examples: Batch) -> None:
         self._keep_book(examples)
-        with self._full_precision():
+        with torch.no_grad(), self._full_precision():
             together_PN = self._book.squared_norms().sqrt()
         self._book.discard()
         alone_PN = torch.stack(
@@ -371,7 +389,7 @@ class PerExampleClipping:
         _refuse_non_finite(alone_PN)
         _refuse_non_finite(together_PN)
         whole_N = alone_PN.square().sum(0).sqrt()
-        tolerance = _tolerance(self.parameters[0])
+        tolerance = _tolerance(self._book.used(0))
         wrong_P = ((together_PN - alone_PN.to(together_PN)).abs() > tolerance * whole_N).any(1)
         if wrong_P.any():
             names = [name for name, p in self._model.named_parameters() if p.requires_grad]
@@ -413,7 +431,7 @@ def _refuse_non_finite(squares_PN: Tensor) -> None:
         )
 
 
-def _tolerance(parameter: nn.Parameter) -> float:
+def _tolerance(parameter: Tensor) -> float:
     """How far two float paths to one norm may differ, relative to the whole norm."""
     kind = parameter.device.type
     if torch.is_autocast_enabled(kind) or parameter.dtype in {torch.bfloat16, torch.float16}:

@@ -449,6 +449,10 @@ class TestRules:
         got = summed(model, causal_hf, batch, bound)
         assert (got.examples, got.unclipped) == (size(batch), 3)
 
+    def test_sums_hold_no_graph(self):
+        values = summed(gpt2(), causal_hf, padded()).values
+        assert not any(v.requires_grad for v in values)
+
     def test_an_empty_batch_is_a_sum_of_zero(self):
         model = gpt2()
         got = summed(model, causal_hf, select(padded(), torch.zeros(0, dtype=torch.long)))

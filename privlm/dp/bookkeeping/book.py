@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 FLOPS_PER_BYTE = 8.0
-"""Multiply-adds that cost as much time as moving one byte, on CPUs; GPUs have more of them."""
+FLOPS_PER_FRESH_BYTE = 40.0
+FRESH_BYTES = 32 << 20
+"""Operations in the time that it takes to move one byte, or to touch it for the first time: from
+``FRESH_BYTES`` on, a C library's allocator takes every tensor fresh from the operating system.
+Measured on CPUs; a GPU does more operations in the time of a byte and keeps its memory."""
 
 MAX_SCRATCH_BYTES = 64 << 20
 """What norms of booked matrices may take while they are computed."""
@@ -66,10 +70,8 @@ class Account:
 
     def add_outer(self, entry: Outer) -> None:
         """Enter a matrix's gradient, multiplied out where that is cheaper."""
-        N, R, I = entry.left_NRI.shape  # noqa: E741
-        O = entry.right_NRO.shape[2]  # noqa: E741
-        if not self.outers and _worth_multiplying_out(R, I, O):
-            self.add_samples(_multiplied(entry).view(N, I * O))
+        if not self.outers and _worth_multiplying_out(entry):
+            self.add_samples(_multiplied(entry).flatten(1))
         else:
             self.outers.append(entry)
 
@@ -160,6 +162,10 @@ class Book:
         if id(tensor) not in self._index:
             self._index[id(tensor)] = (index, tensor)  # kept, so that its id stays its own
 
+    def used(self, index: int) -> Tensor:
+        """The tensor that stood last for the parameter of that index: itself, or its alias."""
+        return [tensor for known, tensor in self._index.values() if known == index][-1]
+
     def knows(self, value: object) -> bool:
         """Whether ``value`` is a trained parameter."""
         return id(value) in self._index
@@ -235,9 +241,13 @@ class Book:
             weight: (parameters, examples).
             totals: one a parameter, of its shape.
         """
-        for account, weight_N, total in zip(self._accounts, weight, totals, strict=True):
-            if not account.empty:
-                account.add_weighted(weight_N, total)
+        for index, (weight_N, total) in enumerate(zip(weight, totals, strict=True)):
+            self.add_weighted_of(index, weight_N, total)
+
+    def add_weighted_of(self, index: int, weight_N: Tensor, total: Tensor) -> None:
+        """:meth:`add_weighted` for one parameter."""
+        if not self._accounts[index].empty:
+            self._accounts[index].add_weighted(weight_N, total)
 
 
 @dataclass(frozen=True)
@@ -248,15 +258,21 @@ class _Rows:
     sums_KD: Tensor
 
 
-def _worth_multiplying_out(rows: int, height: int, width: int) -> bool:
+def _worth_multiplying_out(entry: Outer) -> bool:
     """Whether I·O numbers an example are cheaper than a Gram matrix of its R rows.
 
-    Multiplied out, an example moves about 8·I·O bytes more than its plain gradient
-    does; a Gram matrix costs 2·R²·(I + O) operations. Memory is not to exceed twice
-    that of the factors, R·(I + O).
+    A Gram matrix costs 2·R²·(I + O) operations. Multiplied out, an example takes no more
+    operations than its plain gradient, but moves its I·O numbers twice more, through pages
+    that are fresh where the whole is large; and they may take at most twice the memory of
+    the factors.
     """
-    moved = 8 * height * width * FLOPS_PER_BYTE
-    return moved < 2 * rows**2 * (height + width) and height * width <= 2 * rows * (height + width)
+    R, I = entry.left_NRI.shape[1:]  # noqa: E741
+    O = entry.right_NRO.shape[2]  # noqa: E741
+    bytes_each = I * O * entry.left_NRI.element_size()
+    moved = 2 * bytes_each * FLOPS_PER_BYTE
+    if entry.left_NRI.device.type == "cpu" and bytes_each * len(entry.left_NRI) > FRESH_BYTES:
+        moved += bytes_each * FLOPS_PER_FRESH_BYTE
+    return moved < 2 * R**2 * (I + O) and I * O <= 2 * R * (I + O)
 
 
 def _multiplied(entry: Outer) -> Tensor:

@@ -8,6 +8,7 @@ that no use of a parameter goes uncounted.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,12 +36,27 @@ class UnknownUse(Exception):
 
 
 class Interception(TorchFunctionMode):
-    """Replace the uses of trained parameters while ``module`` runs."""
+    """Replace the uses of trained parameters while modules run.
 
-    def __init__(self, book: Book, module: nn.Module) -> None:
+    Attributes:
+        resting: while true, nothing is replaced.
+    """
+
+    def __init__(self, book: Book) -> None:
         super().__init__()
         self._book = book
-        self._module = module
+        self._module: nn.Module | None = None
+        self.resting = False
+
+    @contextlib.contextmanager
+    def during(self, module: nn.Module) -> Iterator[None]:
+        """While ``module`` runs; within one that runs it, an unknown use is still its own."""
+        before, self._module = self._module, module
+        try:
+            with self if before is None else contextlib.nullcontext():
+                yield
+        finally:
+            self._module = before
 
     def __torch_function__(
         self,
@@ -52,13 +68,14 @@ class Interception(TorchFunctionMode):
         """Called by torch for every one of its functions."""
         kwargs = kwargs or {}
         used = [v for v in _flat((*args, *kwargs.values())) if self._book.knows(v)]
-        if not used:
+        if not used or self.resting:
             return func(*args, **kwargs)
         rule = _RULES.get(func)
         out = NotImplemented if rule is None else rule(self._book, *args, **kwargs)
         if out is NotImplemented:
             out = func(*args, **kwargs)
             if _differentiable(out) or (isinstance(out, Tensor) and not torch.is_grad_enabled()):
+                assert self._module is not None  # or this mode would not be on
                 raise UnknownUse(self._module, getattr(func, "__name__", str(func)))
             return out
         for parameter in used:

@@ -24,7 +24,8 @@ from privlm.dp.bookkeeping.book import Book, Lookup, Outer
 
 
 def exact(value: Tensor) -> Tensor:
-    """In float32 at least: norms and sums of half-precision gradients are taken there."""
+    """In float32 at least, and without a graph: as norms and sums are taken."""
+    value = value.detach()
     return value.float() if value.dtype in {torch.bfloat16, torch.float16} else value
 
 
@@ -253,8 +254,8 @@ class Convolution(Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         cast = weight.to(grad.dtype)
-        along = conv1d_input if x.dim() == 3 else conv2d_input
-        grad_x = along(x.shape, cast, grad, *ctx.settings)
+        along: Any = conv1d_input if x.dim() == 3 else conv2d_input
+        grad_x: Tensor = along(x.shape, cast, grad, *ctx.settings)
         return grad_x.to(ctx.given), None, None, None
 
 

@@ -36,8 +36,9 @@ class Patches:
     def __init__(self, model: nn.Module, book: Book) -> None:
         self._book = book
         self._patched: dict[nn.Module, _Patch] = {}
+        self._owned: dict[nn.Module, dict[str, int]] = {}
         self._whole: set[nn.Module] = set()
-        self._raw = False
+        self._interception = Interception(book)
         index = {id(p): i for i, p in enumerate(book.parameters)}
         for module in model.modules():
             owned = {
@@ -71,22 +72,28 @@ class Patches:
         self._whole.add(module)
 
     def _patch(self, module: nn.Module, owned: dict[str, int]) -> None:
+        self._owned[module] = owned
         before = module.__dict__.get("forward")
         original: Forward = module.forward
         book = self._book
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not book.is_open or self._raw:
+            if not book.is_open or self._interception.resting:
                 return original(*args, **kwargs)
-            for name, index in owned.items():
-                book.alias(getattr(module, name), index)
+            self._recognise(module)
             if module in self._whole:
+                for inner in module.modules():
+                    self._recognise(inner)
                 return self._run_whole(module, args, kwargs)
-            with Interception(book, module):
+            with self._interception.during(module):
                 return original(*args, **kwargs)
 
         self._patched[module] = _Patch(module, before)
         module.forward = forward
+
+    def _recognise(self, module: nn.Module) -> None:
+        for name, index in self._owned.get(module, {}).items():
+            self._book.alias(getattr(module, name), index)
 
     def _run_whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trained = {n: p for n, p in module.named_parameters() if self._book.knows(p)}
@@ -95,11 +102,11 @@ class Patches:
         def call(parameters: dict[str, Tensor], *values: Tensor) -> Tensor:
             rest = iter(values)
             given = tuple(next(rest) if isinstance(a, Tensor) else a for a in args)
-            before, self._raw = self._raw, True
+            before, self._interception.resting = self._interception.resting, True
             try:
                 out = functional_call(module, parameters, given, kwargs)
             finally:
-                self._raw = before
+                self._interception.resting = before
             if not isinstance(out, Tensor):
                 raise ValueError(  # noqa: TRY004  (the model is at fault, not a caller)
                     f"{type(module).__name__} returns more than one tensor"
