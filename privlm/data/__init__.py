@@ -1,4 +1,4 @@
-"""Documents, users, token blocks, splits and canaries."""
+"""Documents, users, token blocks, splits and canaries; ``multimodal`` for images and sound."""
 
 from privlm.data.blocks import (
     IGNORE_INDEX,
@@ -10,6 +10,8 @@ from privlm.data.blocks import (
 from privlm.data.canaries import Canary, new_token_canaries, plant, secret_canaries
 from privlm.data.documents import DEFAULT_CORPUS, Document, load_documents
 from privlm.data.errors import DataError
+from privlm.data.examples import Examples
+from privlm.data.inputs import AudioInput, ImageInput
 from privlm.data.splits import (
     BlockSplit,
     Duplicate,
@@ -22,6 +24,7 @@ from privlm.data.splits import (
 from privlm.data.tokenization import (
     BpeTokenizer,
     ByteTokenizer,
+    Encoder,
     Tokenizer,
     load_tokenizer,
     train_bpe,
@@ -30,6 +33,7 @@ from privlm.data.tokenization import (
 __all__ = [
     "DEFAULT_CORPUS",
     "IGNORE_INDEX",
+    "AudioInput",
     "BlockSplit",
     "BpeTokenizer",
     "ByteTokenizer",
@@ -37,6 +41,9 @@ __all__ = [
     "DataError",
     "Document",
     "Duplicate",
+    "Encoder",
+    "Examples",
+    "ImageInput",
     "Split",
     "TokenBlocks",
     "Tokenizer",

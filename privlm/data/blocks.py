@@ -3,23 +3,19 @@
 Shapes: N = records, T = tokens of context.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from privlm.data.documents import Document, require_unique_ids
 from privlm.data.errors import DataError
-from privlm.data.tokenization import Tokenizer
+from privlm.data.examples import Examples, Which, chosen
+from privlm.data.tokenization import Encoder
 
 IGNORE_INDEX = -100  # what torch and transformers skip in a loss
-
-BoolMask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +92,19 @@ class TokenBlocks:
         """Index of each record's user, in order of first appearance."""
         return _first_seen_index(self.users)
 
-    def select(
-        self, which: Sequence[int] | npt.NDArray[np.int64] | BoolMask | Tensor
-    ) -> "TokenBlocks":
+    def as_examples(self) -> Examples:
+        """The same records as ``input_ids``, ``attention_mask`` and ``labels``, all (N, T)."""
+        position_T = torch.arange(self.context, device=self.ids_NT.device)
+        tensors = {
+            "input_ids": self.ids_NT,
+            "attention_mask": (position_T < self.length_N[:, None]).long(),
+            "labels": self.labels_NT,
+        }
+        return Examples(tensors, self.record_ids, self.users)
+
+    def select(self, which: Which) -> "TokenBlocks":
         """The records at these indices, or where this mask of N is true."""
-        which_array = np.asarray(which)
-        if which_array.dtype == np.bool_:
-            if which_array.shape != (len(self),):
-                raise DataError(f"a mask of {which_array.shape} cannot select from {len(self)}")
-            which_array = which_array.nonzero()[0]
-        index = [int(i) for i in which_array]
+        index = chosen(which, len(self))
         return TokenBlocks(
             self.ids_NT[index],
             self.mask_NT[index],
@@ -130,7 +129,7 @@ def concatenate(*parts: TokenBlocks) -> TokenBlocks:
 
 def cut_blocks(
     documents: Sequence[Document],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     context: int,
     *,
     unit: Literal["block", "document"] = "block",
@@ -193,23 +192,8 @@ def cut_blocks(
 
 
 def fingerprint(blocks: TokenBlocks) -> str:
-    """SHA-256 in hexadecimal of the records, their names and users, whatever their order.
-
-    It names a data set in the ledger. It also confirms a guess of the whole data set, so it is
-    kept with the ledger and not published.
-    """
-    digests = []
-    ids_NT = blocks.ids_NT.cpu().numpy().astype("<i8")
-    mask_NT = blocks.mask_NT.cpu().numpy().astype("u1")
-    for n in range(len(blocks)):
-        record = hashlib.sha256()
-        for name in (blocks.record_ids[n], blocks.documents[n], blocks.users[n]):
-            encoded = name.encode("utf-8")
-            record.update(len(encoded).to_bytes(8, "little") + encoded)
-        record.update(ids_NT[n].tobytes() + mask_NT[n].tobytes())
-        digests.append(record.digest())
-    header = f"privlm token blocks 1, {len(blocks)} x {blocks.context}".encode()
-    return hashlib.sha256(header + b"".join(sorted(digests))).hexdigest()
+    """:meth:`Examples.fingerprint` of the records: one data set has one name in the ledger."""
+    return blocks.as_examples().fingerprint()
 
 
 def _first_seen_index(names: tuple[str, ...]) -> Tensor:

@@ -21,16 +21,23 @@ from privlm.data.errors import DataError
 from protocols.files import write_atomically
 
 
-class Tokenizer(Protocol):
-    """What the toolkit asks of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, end of document and reserved ones included: the width of the head."""
+class Encoder(Protocol):
+    """What making records of text asks of a tokenizer."""
 
     @property
     def end_id(self) -> int:
         """The token after a document's last; also fills padded positions."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``."""
+
+
+class Tokenizer(Encoder, Protocol):
+    """What the toolkit asks of a tokenizer of its own."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, end of document and reserved ones included: the width of the head."""
 
     @property
     def reserved_ids(self) -> range:
@@ -209,6 +216,11 @@ def _byte_of_symbol() -> dict[str, int]:
     return {chr(value): value for value in printable} | {
         chr(0x100 + rank): value for rank, value in enumerate(others)
     }
+
+
+def symbol_of_byte(value: int) -> str:
+    """The character by which byte-level vocabularies write a byte."""
+    return {byte: symbol for symbol, byte in _byte_of_symbol().items()}[value]
 
 
 def _utf8(text: str) -> bytes:

@@ -6,6 +6,7 @@ E = D / H.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from privlm.models.decoder import Cache, Decoder, ParameterRoles, Weight
 
 _INDEX = "model.safetensors.index.json"
 _ARCHITECTURE = "GPT2LMHeadModel"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 # Causal masks that older checkpoints carry; no weights.
 _MASKS = re.compile(r"(^|\.)attn\.(masked_)?bias$")
 
@@ -117,40 +119,29 @@ class Gpt2Decoder(Decoder):
             )
 
 
-def load_causal_lm(path: str | Path) -> CausalLM:
-    """Load a GPT-2 and its tokenizer, if there is one, from a local folder.
-
-    Weights come from safetensors alone and become float32; the model is in eval mode. No code in
-    the folder is run, and nothing is fetched.
-
-    Args:
-        path: A folder that ``save_pretrained`` wrote.
+def require_transformers(purpose: str) -> Any:
+    """The library.
 
     Raises:
-        ModelError: If ``transformers`` is missing, the folder is missing or cannot be read, holds
-            another architecture or an adapter, names weights that are no safetensors file of its
-            own, or has more or fewer weights than the model.
+        ModelError: If it is missing.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(
-            f"{folder} is no folder; give the local folder that save_pretrained wrote, "
-            "names on the hub are not looked up"
-        )
     try:
         import transformers
     except ImportError:
-        raise ModelError(
-            f"{folder} is a transformers model; to load it, pip install 'privlm[hf]'"
-        ) from None
-    if (folder / "adapter_config.json").exists():
-        raise ModelError(
-            f"{folder} holds an adapter; merge it with peft's merge_and_unload and save the result"
-        )
-    _require_safe_index(folder)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        raise ModelError(f"{purpose}, pip install 'privlm[hf]'") from None
+    return transformers
+
+
+def load_causal_lm(path: str | Path) -> CausalLM:
+    """Load a GPT-2 and its tokenizer, if there is one, from a local folder.
+
+    As :func:`load_folder`; the model is in eval mode.
+
+    Raises:
+        ModelError: As :func:`load_folder`, and if the folder holds another architecture.
+    """
+
+    def check(config: Any, folder: Path) -> str:
         if config.model_type != "gpt2":
             raise ModelError(
                 f"{folder} holds a {config.model_type!r} model; only 'gpt2' can be loaded so far"
@@ -161,23 +152,59 @@ def load_causal_lm(path: str | Path) -> CausalLM:
                 f"{folder} holds a {', '.join(map(str, named))}; only a {_ARCHITECTURE} can be "
                 "loaded, as its head is what gives the logits"
             )
+        return _ARCHITECTURE
+
+    model, tokenizer = load_folder(path, check)
+    return CausalLM(Gpt2Decoder(model.eval()), tokenizer)
+
+
+def load_folder(path: str | Path, architecture: Callable[[Any, Path], str]) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, None where there is none, from a local folder.
+
+    Weights come from safetensors alone and become float32. No code in the folder is run, and
+    nothing is fetched.
+
+    Args:
+        path: A folder that ``save_pretrained`` wrote.
+        architecture: Names the class of the model, given its configuration and the folder.
+
+    Raises:
+        ModelError: If ``transformers`` is missing, the folder is missing or cannot be read or
+            holds an adapter, names weights that are no safetensors file of its own, or has more
+            or fewer weights than the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is no folder; give the local folder that save_pretrained wrote, "
+            "names on the hub are not looked up"
+        )
+    transformers = require_transformers(f"{folder} is a transformers model; to load it")
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder} holds an adapter; merge it with peft's merge_and_unload and save the result"
+        )
+    _require_safe_index(folder)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        kind = architecture(config, folder)
         if getattr(config, "transformers_weights", None) is not None:
             raise ModelError(
                 f"{folder} names a weights file in config.json; take transformers_weights out of "
                 "it, and keep the weights in model.safetensors"
             )
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, kind).from_pretrained(
             folder,
             config=config,
             use_safetensors=True,  # the other format is a pickle, which runs code
             dtype=torch.float32,
             attn_implementation="sdpa",
             output_loading_info=True,
-            **local,
+            local_files_only=True,
         )
-        model, info = loaded
         tokenizer = None
-        if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        if any((folder / name).exists() for name in _TOKENIZER_FILES):
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
     except ModelError:
         raise
@@ -190,7 +217,7 @@ def load_causal_lm(path: str | Path) -> CausalLM:
     if info["missing_keys"]:
         # transformers would put random numbers in their place.
         raise ModelError(
-            f"{folder} lacks weights of a GPT-2, such as {min(info['missing_keys'])}; "
+            f"{folder} lacks weights of a {kind}, such as {min(info['missing_keys'])}; "
             "save the whole model again"
         )
     unexpected = [name for name in info["unexpected_keys"] if not _MASKS.search(name)]
@@ -200,7 +227,7 @@ def load_causal_lm(path: str | Path) -> CausalLM:
             f"{folder} holds weights that its config.json has no place for, such as "
             f"{min(unexpected)}; merge adapters, mend the config, or save the whole model again"
         )
-    return CausalLM(Gpt2Decoder(model.eval()), tokenizer)
+    return model, tokenizer
 
 
 def _require_safe_index(folder: Path) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from privlm.models import log_mel, mel_filterbank, patchify
+from privlm.models import log_mel, mel_filterbank, patchify, whisper_mel
 
 SAMPLE_RATE = 8000
 
@@ -67,3 +67,26 @@ def test_audio_errors_give_the_numbers():
         log_mel(torch.zeros(1600), SAMPLE_RATE, 20)
     with pytest.raises(ValueError, match="n_mels must be positive"):
         mel_filterbank(200, SAMPLE_RATE, 0)
+
+
+def test_whisper_mel_is_what_transformers_extracts():
+    transformers = pytest.importorskip("transformers")
+    wave = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(0))
+    for n_mels in (80, 128):
+        extract = transformers.WhisperFeatureExtractor(feature_size=n_mels, chunk_length=1)
+        theirs = extract([row.numpy() for row in wave], sampling_rate=16_000, return_tensors="pt")
+        ours = whisper_mel(wave, n_mels)
+        assert torch.allclose(ours, theirs["input_features"], atol=1e-5)
+        # A change of a thousandth in loudness shows, so 1e-5 is no idle tolerance.
+        assert not torch.allclose(
+            whisper_mel(1.001 * wave, n_mels), theirs["input_features"], atol=1e-5
+        )
+
+
+def test_whisper_mel_shares_nothing_between_examples():
+    quiet = torch.cat([tone(300, amplitude=0.01), torch.zeros(1, 14_400)], dim=1)
+    loud = torch.cat([tone(2000, amplitude=1.0), torch.zeros(1, 14_400)], dim=1)
+    alone = whisper_mel(quiet, 20)
+    assert torch.allclose(whisper_mel(torch.cat([quiet, loud]), 20)[:1], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="L >= 400"):
+        whisper_mel(torch.zeros(1, 399), 20)
