@@ -4,22 +4,32 @@ Events are data (``dp_accounting.DpEvent``); accountants interpret them. The
 default accountant convolves privacy loss distributions (PLD; Koskela et al.
 2020, Doroshenko et al. 2022), whose ε is an upper bound up to the stated
 discretisation and in practice 5-30% below Rényi DP (Mironov 2017). Where PLD
-cannot run (its grid outgrows memory at tiny noise), Rényi DP answers instead
-and the result says so and why.
+cannot run (its grid outgrows memory at tiny noise) or does not know an event,
+Rényi DP answers instead and the result says so and why.
+
+Noise multipliers in events are relative to the clipping bound, under both
+neighbouring relations: replacing one example moves a sum by two bounds, and the
+accountants see to that here.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import dp_accounting
+import numpy as np
 from dp_accounting import pld, rdp
+from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+from numpy.typing import NDArray
 
 Accountant = Literal["PLD", "RDP"]
+Neighbours = Literal["add-or-remove-one", "replace-one"]
 DpEvent = Any
 """``dp_accounting.DpEvent``; the library ships no types."""
 
@@ -28,9 +38,22 @@ MAX_GRID_POINTS = 20_000_000
 """About 160 MB a distribution, several of which are in memory while they are convolved."""
 
 _NEGLIGIBLE = 1e-15
+_EASY_GRID_POINTS = 1_000_000
+"""Losses that reach further than this many intervals get wider ones: still an upper bound, higher
+by less than a thousandth of an ε that is then large."""
 
+_SLOW_GRID_POINTS = 100_000
+"""The same for events whose single losses take microseconds each to tabulate."""
+
+_REACH_ORDERS = [2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 128.0, 256.0]
 _WHOLE_ORDERS = [float(order) for order in range(2, 64)] + [float(2**k) for k in range(6, 13)]
 _RDP_ORDERS = [1 + tenth / 10 for tenth in range(1, 100)] + _WHOLE_ORDERS
+_QUICK_ORDERS = [order for order in _RDP_ORDERS if order < 200]
+_RELATIONS = {
+    "add-or-remove-one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "replace-one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+}
+_GRID_ERRORS = (MemoryError, OverflowError, FloatingPointError)
 
 
 @dataclass(frozen=True)
@@ -54,157 +77,222 @@ def rounded_up(epsilon: float, decimals: int = 3) -> str:
     return f"{math.ceil(epsilon * scale) / scale:.{decimals}f}".rstrip("0").rstrip(".")
 
 
-class _PldWouldNotFitError(Exception):
-    pass
+class _PldCannotError(Exception):
+    """Its message is the reason for the fallback."""
 
 
-def epsilon_of(event: DpEvent, delta: float) -> Epsilon:
-    """Smallest ε known for which ``event`` is (ε, δ)-DP under add-or-remove-one.
+class _PldDoesNotFitError(_PldCannotError):
+    """PLD knows the event, and would need too much memory for it."""
+
+
+def epsilon_of(
+    event: DpEvent,
+    delta: float,
+    neighbours: Neighbours = "add-or-remove-one",
+    *,
+    coarseness: float = 1.0,
+) -> Epsilon:
+    """Smallest ε known for which ``event`` is (ε, δ)-DP.
 
     Args:
         event: what was released, composed; ``dp_accounting.DpEvent``.
         delta: the δ of the guarantee, in (0, 1).
+        neighbours: which data sets are to be told apart no better than that.
+        coarseness: width of PLD's grid over its ordinary width. A coarser grid answers sooner, and
+            its ε is an upper bound all the same, a higher one.
 
     Returns:
-        An upper bound on ε (``inf`` for a release without noise).
+        An upper bound on ε (``inf`` for a release without noise). Events that neither accountant
+        knows together are accounted apart at δ/2 each, and their ε added (basic composition).
 
     Raises:
-        ValueError: δ outside (0, 1), or an event that neither accountant knows.
+        ValueError: δ outside (0, 1), or an event that neither accountant knows under this relation.
     """
-    _check_delta(delta)
+    check_delta(delta)
     if _contains_noiseless_release(event):
         return Epsilon(math.inf, delta, "PLD")
     try:
-        _refuse_oversized_grid(event)
-        accountant = pld.PLDAccountant(value_discretization_interval=VALUE_DISCRETIZATION)
-        value = float(accountant.compose(event).get_epsilon(delta))
-    except (_PldWouldNotFitError, MemoryError, OverflowError) as error:
-        return _rdp_epsilon(event, delta, f"PLD did not fit: {error}")
-    except dp_accounting.UnsupportedEventError as error:
-        return _rdp_epsilon(event, delta, f"PLD does not know this event: {error}")
-    if not math.isfinite(value):
-        return _rdp_epsilon(event, delta, f"PLD cannot resolve δ = {delta:g}")
+        accountant = _pld(event, neighbours, coarseness)
+        try:
+            value = float(accountant.get_epsilon(delta))
+        except _GRID_ERRORS as error:
+            raise _PldDoesNotFitError(f"PLD did not fit: {error}") from error
+        if not math.isfinite(value):
+            raise _PldCannotError(f"PLD cannot resolve δ = {delta:g}")
+    except _PldCannotError as error:
+        try:
+            return _rdp_epsilon(event, delta, neighbours, str(error), coarseness)
+        except ValueError:
+            if isinstance(error, _PldDoesNotFitError):
+                return Epsilon(math.inf, delta, "PLD", f"{error}, and Rényi DP does not know it")
+            raise
     return Epsilon(value, delta, "PLD")
 
 
-def calibrate_noise_multiplier(
-    make_event: Callable[[float], DpEvent],
-    target_epsilon: float,
-    delta: float,
-    *,
-    relative_tolerance: float = 1e-3,
-) -> float:
-    """Smallest noise multiplier (within the tolerance) whose event costs at most the target.
-
-    ε falls roughly as a power of σ, so the search is regula falsi on log ε
-    against log σ inside a bracket: five or six evaluations.
-
-    Args:
-        make_event: noise multiplier -> composed event.
-        target_epsilon: the ε to stay within; positive.
-        delta: the δ of the guarantee, in (0, 1).
-        relative_tolerance: how much larger than necessary σ may come out.
-
-    Returns:
-        σ with ε(σ) ≤ target and ε(σ / (1 + tolerance)) above it (nearly).
+def deltas_of(
+    event: DpEvent, epsilons: NDArray[np.float64], neighbours: Neighbours = "add-or-remove-one"
+) -> NDArray[np.float64]:
+    """δ(ε) at each of ``epsilons`` ≥ 0: the privacy profile of ``event``, from above.
 
     Raises:
-        ValueError: a target that no noise multiplier in [0.1, 10^4] reaches.
+        ValueError: an event that neither accountant knows under this relation.
     """
-    if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
-        raise ValueError(f"target_epsilon must be positive and finite, got {target_epsilon}")
-    _check_delta(delta)
-
-    def excess(log_sigma: float) -> float:
-        value = epsilon_of(make_event(math.exp(log_sigma)), delta).value
-        return math.log(max(value, 1e-12)) - math.log(target_epsilon)
-
-    # Start at 1 and walk: cheap events first, because PLD grids grow as σ falls.
-    low, high = math.log(0.1), math.log(1e4)
-    x = 0.0
-    f = excess(x)
-    step = math.log(4.0) if f > 0 else -math.log(2.0)
-    inside, outside = (x, f), (x, f)
-    while True:
-        if f > 0:
-            outside = (x, f)
-            if step < 0:
-                break
-        else:
-            inside = (x, f)
-            if step > 0:
-                break
-        if not low <= x + step <= high:
-            if step > 0:
-                raise ValueError(
-                    f"epsilon {target_epsilon} at delta {delta} cannot be reached: even a noise "
-                    f"multiplier of {math.exp(x):.0f} costs more; take fewer steps, a smaller "
-                    "sampling probability or a larger delta"
-                )
-            return math.exp(inside[0])  # less noise than any we would use already suffices
-        x += step
-        f = excess(x)
-    while inside[0] - outside[0] > relative_tolerance:
-        slope = (inside[1] - outside[1]) / (inside[0] - outside[0])
-        guess = outside[0] - outside[1] / slope if slope < 0 else (inside[0] + outside[0]) / 2
-        # Aim half a tolerance to the safe side, and never closer to an end than a tenth.
-        guess += relative_tolerance / 2
-        width = inside[0] - outside[0]
-        guess = min(max(guess, outside[0] + width / 10), inside[0] - width / 10)
-        f = excess(guess)
-        if f > 0:
-            outside = (guess, f)
-        else:
-            inside = (guess, f)
-    return math.exp(inside[0])
+    if _contains_noiseless_release(event):
+        return np.ones_like(epsilons)
+    try:
+        deltas = _pld(event, neighbours, 1.0).get_delta(epsilons)
+    except (_PldCannotError, *_GRID_ERRORS) as error:
+        accountant = _rdp(event, neighbours, str(error))
+        deltas = [accountant.get_delta(epsilon) for epsilon in epsilons]
+    return np.clip(np.asarray(deltas, dtype=np.float64), 0.0, 1.0)
 
 
-def _rdp_epsilon(event: DpEvent, delta: float, reason: str) -> Epsilon:
+def check_delta(delta: float) -> None:
+    """Raise ``ValueError`` for a δ outside (0, 1)."""
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie in (0, 1), got {delta}")
+
+
+def _pld(event: DpEvent, neighbours: Neighbours, coarseness: float) -> Any:
+    """A PLD accountant that has composed ``event``."""
+    relation = _RELATIONS[neighbours]
+    if not pld.PLDAccountant(relation).supports(event):
+        raise _PldCannotError("PLD does not know this event")
+    interval = coarseness * _interval(event, neighbours)
+    try:
+        return pld.PLDAccountant(relation, interval).compose(event)
+    except _GRID_ERRORS as error:
+        raise _PldDoesNotFitError(f"PLD did not fit: {error}") from error
+
+
+def _rdp(event: DpEvent, neighbours: Neighbours, reason: str, coarseness: float = 1.0) -> Any:
+    """A Rényi accountant that has composed ``event``."""
+    # PLD doubles the sensitivity under replace-one by itself, the Rényi accountant does not.
+    stated = event if neighbours == "add-or-remove-one" else _restated(event, 0.5)
+    orders = _RDP_ORDERS if coarseness == 1 else _QUICK_ORDERS
+    accountant = rdp.RdpAccountant(orders, _RELATIONS[neighbours])
+    try:
+        with _without_chatter():
+            return accountant.compose(stated)
+    except dp_accounting.UnsupportedEventError as error:
+        raise ValueError(
+            f"no accountant knows this event under {neighbours}: {reason}; Rényi DP: {error}"
+        ) from error
+
+
+def _rdp_epsilon(
+    event: DpEvent, delta: float, neighbours: Neighbours, reason: str, coarseness: float
+) -> Epsilon:
+    known = rdp.RdpAccountant(_RDP_ORDERS, _RELATIONS[neighbours]).supports
+    if isinstance(event, dp_accounting.ComposedDpEvent) and not known(event):
+        ours = [part for part in event.events if known(part)]
+        others = [part for part in event.events if not known(part)]
+        if ours:
+            parts = [
+                epsilon_of(composed(half), delta / 2, neighbours, coarseness=coarseness)
+                for half in (ours, others)
+            ]
+            value = sum(part.value for part in parts)
+            return Epsilon(value, delta, "RDP", f"{reason}; PLD's part was added at half of δ each")
+    with _without_chatter():
+        value = float(_rdp(event, neighbours, reason, coarseness).get_epsilon(delta))
+    return Epsilon(value, delta, "RDP", reason)
+
+
+def composed(events: list[DpEvent]) -> DpEvent:
+    """All of ``events`` together."""
+    return dp_accounting.ComposedDpEvent(events)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
     chatter = logging.getLogger("absl")  # it reports every order that it leaves out
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
-        accountant = rdp.RdpAccountant(orders=_RDP_ORDERS)
-        value = float(accountant.compose(event).get_epsilon(delta))
-    except dp_accounting.UnsupportedEventError as error:
-        raise ValueError(f"no accountant knows this event: {error}") from error
+        yield
     finally:
         chatter.setLevel(level)
-    return Epsilon(value, delta, "RDP", reason)
 
 
-def _refuse_oversized_grid(event: DpEvent) -> None:
-    """The grid must reach the losses whose probability is no longer negligible.
+def _interval(event: DpEvent, neighbours: Neighbours) -> float:
+    """The width of PLD's grid: fine, but for losses that reach far or are slow to tabulate.
 
-    Rényi DP, which costs no memory, says how far that is.
+    The grid must reach the losses whose probability is no longer negligible. Rényi DP, which costs
+    no memory, says how far that is.
     """
+    stated = _restated(_for_reach(event), 1.0 if neighbours == "add-or-remove-one" else 0.5)
     try:
-        accountant = rdp.RdpAccountant(orders=_WHOLE_ORDERS)
-        reach = float(accountant.compose(event).get_epsilon(_NEGLIGIBLE))
+        with _without_chatter():
+            accountant = rdp.RdpAccountant(orders=_REACH_ORDERS).compose(stated)
+            reach = float(accountant.get_epsilon(_NEGLIGIBLE))
     except dp_accounting.UnsupportedEventError:
-        return
+        reach = 0.0
     points = reach / VALUE_DISCRETIZATION
     if points > MAX_GRID_POINTS:
-        raise _PldWouldNotFitError(f"its grid would need {points:.1e} points")
+        raise _PldDoesNotFitError(f"PLD did not fit: its grid would need {points:.1e} points")
+    return max(VALUE_DISCRETIZATION, reach / _EASY_GRID_POINTS, _interval_of_slow(event, 1))
 
 
-def _noise_multipliers(event: DpEvent) -> list[float]:
-    if isinstance(event, dp_accounting.GaussianDpEvent):
-        return [float(event.noise_multiplier)]
+def _interval_of_slow(event: DpEvent, times: int) -> float:
+    """The width of the grid for events whose losses PLD tabulates point by slow point."""
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return _interval_of_slow(event.event, times * event.count)
     if isinstance(event, dp_accounting.ComposedDpEvent):
-        return [s for inner in event.events for s in _noise_multipliers(inner)]
-    if isinstance(event, dp_accounting.SelfComposedDpEvent | dp_accounting.PoissonSampledDpEvent):
-        return _noise_multipliers(event.event)
-    return []
+        return max((_interval_of_slow(part, times) for part in event.events), default=0.0)
+    if isinstance(event, MixtureOfGaussiansDpEvent):
+        shift, width = max(event.sensitivities) / event.standard_deviation, 0.03
+    elif isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        shift, width = 2 / event.noise_multiplier, 0.016
+    else:
+        return 0.0
+    # What a grid of width h adds to ε grows as n·h² with n steps, and stays below 1e-3 like this.
+    harmless = min(4e-3, width / math.sqrt(times))
+    return max(harmless, float(shift**2 / 2 + 10 * shift) / _SLOW_GRID_POINTS)
+
+
+def _inner(event: DpEvent) -> list[DpEvent]:
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return list(event.events)
+    inner = getattr(event, "event", None)
+    return [] if inner is None else [inner]
 
 
 def _contains_noiseless_release(event: DpEvent) -> bool:
-    return isinstance(event, dp_accounting.NonPrivateDpEvent) or any(
-        sigma**2 == 0
-        for sigma in _noise_multipliers(event)  # underflow included
-    )
+    if isinstance(event, dp_accounting.NonPrivateDpEvent):
+        return True
+    for name in ("noise_multiplier", "standard_deviation"):
+        if getattr(event, name, 1.0) ** 2 == 0:  # underflow included
+            return True
+    return any(_contains_noiseless_release(part) for part in _inner(event))
 
 
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), got {delta}")
+def _restated(event: DpEvent, scale: float) -> DpEvent:
+    """``event`` with ``scale`` times the noise."""
+    if isinstance(event, dp_accounting.GaussianDpEvent):
+        return dp_accounting.GaussianDpEvent(event.noise_multiplier * scale)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return composed([_restated(part, scale) for part in event.events])
+    if not _inner(event):
+        return event
+    # The library's events are attrs classes, which evolve as copy.replace would.
+    changed = copy.copy(event)
+    object.__setattr__(changed, "event", _restated(event.event, scale))
+    return changed
+
+
+def _for_reach(event: DpEvent) -> DpEvent:
+    """Events that Rényi DP does not know, as plain ones whose losses reach about as far."""
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return dp_accounting.SelfComposedDpEvent(_for_reach(event.event), event.count)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return composed([_for_reach(part) for part in event.events])
+    if isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier / 2)
+        return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian)
+    if isinstance(event, MixtureOfGaussiansDpEvent):
+        beyond = 1 - np.cumsum(event.sampling_probs)
+        usual = event.sensitivities[int((beyond > 1e-3).sum())]
+        gaussian = dp_accounting.GaussianDpEvent(event.standard_deviation / max(usual, 1.0))
+        return dp_accounting.PoissonSampledDpEvent(1 - event.sampling_probs[0], gaussian)
+    return event

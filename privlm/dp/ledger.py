@@ -9,42 +9,37 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import stat
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import dp_accounting
-import msgspec
-
-from privlm.dp.accounting import DpEvent, Epsilon, epsilon_of
+from privlm.dp.accounting import DpEvent, Epsilon, Neighbours, check_delta, rounded_up
+from privlm.dp.calibration import most_steps
+from privlm.dp.history import Entry, History, LedgerError, encoded, parsed
 from privlm.dp.plan import Plan
+from privlm.dp.spending import Spending
 from protocols.files import sync_directory
 
-_GENESIS = "privlm ledger 1"
 _MAX_BYTES = 1 << 30
-_OPENING = b'{"entry":{"dataset":"'
 
 
-class LedgerError(ValueError):
-    """The ledger cannot vouch for what was spent; nothing further may be released."""
+class BudgetExceeded(LedgerError):
+    """One more release would cost the data set more than its budget; nothing was recorded."""
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``count`` consecutive releases of one kind from one data set by one run."""
+@dataclass(frozen=True)
+class Budget:
+    """What all runs on a data set together may spend: ``epsilon`` at ``delta``."""
 
-    dataset: str
-    run: str
-    sampling_probability: float
-    noise_multiplier: float
-    count: int
+    epsilon: float
+    delta: float
 
-
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    entry: Entry
-    chain: str
+    def __post_init__(self) -> None:
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be positive, got {self.epsilon}")
+        check_delta(self.delta)
 
 
 class Ledger:
@@ -62,22 +57,24 @@ class Ledger:
             that records another data set is refused: one ledger, one data set.
         create: whether a missing file is a new ledger. Not so for a run that
             has begun: a missing ledger would make its releases look free.
+        budget: what all runs together may spend; None does not ask.
 
     Raises:
         LedgerError: it cannot be opened, another process writes to it, it was
             tampered with, or it belongs to another data set.
     """
 
-    def __init__(self, path: Path, *, dataset: str, create: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, dataset: str, create: bool = True, budget: Budget | None = None
+    ) -> None:
         self.path = Path(path)
         self.dataset = dataset
-        self._chain = hashlib.sha256(_GENESIS.encode()).hexdigest()
-        self._end = 0
-        self._releases: dict[str, Counter[tuple[float, float]]] = {}
+        self.budget = budget
+        self._room: tuple[str, Spending, int] | None = None
         self._fd = self._open(create)
         try:
             self._lock()
-            self._load()
+            self._history, self._chain, self._end = self._load()
             sync_directory(self.path.parent)
         except BaseException:
             self.close()
@@ -104,16 +101,19 @@ class Ledger:
         """Persist ``count`` steps of ``plan``; returns once they are on disk.
 
         Raises:
-            LedgerError: the entry could not be written (disk full, say). The file
-                is as it was, and the caller must not release.
+            BudgetExceeded: the steps would cost more than the budget leaves.
+            LedgerError: the entry could not be written (disk full, say), or its cost cannot be
+                added to what is on record. The file is as it was, and the caller must not release.
         """
         if self._fd < 0:
             raise LedgerError(f"{self.path} is closed; open it again before releasing")
-        entry = Entry(
-            self.dataset, run, plan.sampler.sampling_probability, plan.noise_multiplier, count
-        )
-        chain = _link(self._chain, entry)
-        data = msgspec.json.encode(_Line(entry, chain)) + b"\n"
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        spending = plan.spending
+        self._history.check_composes(spending)
+        room = self._required_room(run, plan, count)
+        entry = Entry(self.dataset, run, spending, count)
+        data, chain = encoded(entry, self._chain)
         try:
             written = os.pwrite(self._fd, data, self._end)
             if written != len(data):
@@ -128,32 +128,64 @@ class Ledger:
             ) from error
         self._end += len(data)
         self._chain = chain
-        self._count(entry)
+        self._history.add(entry)
+        self._room = (run, spending, room - count)
 
     def steps(self, run: str) -> int:
         """How many releases this run has on record."""
-        return sum(self._releases.get(run, Counter()).values())
+        return self._history.steps(run)
 
     def fits(self, run: str, plan: Plan) -> bool:
         """Whether all that this run has on record are steps of ``plan``, and not too many."""
-        kind = (plan.sampler.sampling_probability, plan.noise_multiplier)
-        return self.steps(run) <= plan.steps and set(self._releases.get(run, ())) <= {kind}
+        return self._history.fits(run, plan)
 
     def event(self) -> DpEvent:
         """All releases of all runs, composed."""
-        total: Counter[tuple[float, float]] = sum(self._releases.values(), Counter())
-        return dp_accounting.ComposedDpEvent(
-            [
-                dp_accounting.SelfComposedDpEvent(_step_event(q, sigma), count)
-                for (q, sigma), count in sorted(total.items())
-            ]
+        return self._history.event()
+
+    def spent(self, delta: float, neighbours: Neighbours | None = None) -> Epsilon:
+        """What the data set has paid so far, over all runs; see :meth:`History.spent`."""
+        return self._history.spent(delta, neighbours)
+
+    def allowance(self, run: str, plan: Plan, budget: Budget, *, at_most: int | None = None) -> int:
+        """How many further steps of ``plan`` by ``run`` the budget leaves, given all on record.
+
+        A few accountings, whatever the number; at most one step in a thousand is left out.
+
+        Args:
+            run: whose steps they would be: correlated noise is accounted for a run as a whole.
+            plan: the kind of step.
+            budget: what all runs together may spend.
+            at_most: no more are asked for; by default those that the plan has left.
+        """
+        spending = plan.spending
+        self._history.check_composes(spending)
+        needed = {self._history.neighbours, spending.neighbours, plan.neighbours}
+        return most_steps(
+            lambda count: self._history.event_with(run, spending, count),
+            budget.epsilon,
+            budget.delta,
+            "replace-one" if "replace-one" in needed else "add-or-remove-one",
+            at_most=plan.steps - self.steps(run) if at_most is None else at_most,
         )
 
-    def spent(self, delta: float) -> Epsilon:
-        """What the data set has paid so far, over all runs."""
-        if not self._releases:
-            return Epsilon(0.0, delta, "PLD")
-        return epsilon_of(self.event(), delta)
+    def _required_room(self, run: str, plan: Plan, count: int) -> int:
+        """Steps that the budget leaves, at least ``count``; counted anew when the kind changes."""
+        if self.budget is None:
+            return count
+        if self._room is not None and self._room[:2] == (run, plan.spending):
+            room = self._room[2]
+        else:
+            wanted = max(count, plan.steps - self.steps(run))
+            room = self.allowance(run, plan, self.budget, at_most=wanted)
+        if room < count:
+            spent = rounded_up(self.spent(self.budget.delta).value)
+            raise BudgetExceeded(
+                f"{self.path}: {count} more steps would exceed the budget of ε = "
+                f"{self.budget.epsilon:g} at δ = {self.budget.delta:g}; ε = {spent} is spent. "
+                "Nothing was released; stop here, or decide on a larger budget"
+            )
+        return room
 
     def _open(self, create: bool) -> int:
         if not create and not self.path.exists():
@@ -186,62 +218,30 @@ class Ledger:
                 f"{self.path}: cannot be locked ({error}); put it on a local disk"
             ) from error
 
-    def _load(self) -> None:
+    def _load(self) -> tuple[History, str, int]:
         size = os.fstat(self._fd).st_size
         if size > _MAX_BYTES:
             raise LedgerError(f"{self.path} has {size} bytes, more than any ledger should")
-        lines = _read_all(self._fd, size).split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            if number == len(lines):
-                self._check_torn(number, line)
-                break  # it was interrupted before its release
-            self._take(number, line)
-        if self._end != size:
-            os.ftruncate(self._fd, self._end)
-
-    def _check_torn(self, number: int, tail: bytes) -> None:
-        """Refuse an unfinished last line that no ledger began: it is dropped, so it must be ours.
-
-        A power cut may leave zero bytes where an entry was to stand.
-        """
-        begun = tail.rstrip(b"\0")
-        if not (begun.startswith(_OPENING) or _OPENING.startswith(begun)):
-            raise LedgerError(
-                f"{self.path}, line {number}: not a ledger entry; restore a backup, or choose "
-                "another ledger if this file is none"
-            )
-
-    def _take(self, number: int, line: bytes) -> None:
-        where = f"{self.path}, line {number}"
-        try:
-            parsed = msgspec.json.decode(line, type=_Line)
-        except msgspec.DecodeError as error:
-            raise LedgerError(f"{where}: not a ledger entry ({error}); restore a backup") from error
-        if parsed.chain != _link(self._chain, parsed.entry) or parsed.entry.count < 1:
-            raise LedgerError(f"{where}: entries were altered or removed; restore a backup")
-        if parsed.entry.dataset != self.dataset:
-            raise LedgerError(
-                f"{where}: this ledger belongs to data set {parsed.entry.dataset[:16]}…, not to "
-                f"{self.dataset[:16]}…; give every data set its own ledger"
-            )
-        self._chain = parsed.chain
-        self._end += len(line) + 1
-        self._count(parsed.entry)
-
-    def _count(self, entry: Entry) -> None:
-        kind = (entry.sampling_probability, entry.noise_multiplier)
-        self._releases.setdefault(entry.run, Counter())[kind] += entry.count
+        history, chain, end = parsed(_read_all(self._fd, size), str(self.path), self.dataset)
+        if end != size:  # an entry was interrupted before its release
+            os.ftruncate(self._fd, end)
+        return history, chain, end
 
 
-def _step_event(sampling_probability: float, noise_multiplier: float) -> DpEvent:
-    release = dp_accounting.GaussianDpEvent(noise_multiplier)
-    if sampling_probability == 1:
-        return release
-    return dp_accounting.PoissonSampledDpEvent(sampling_probability, release)
+def read_ledger(path: Path) -> History:
+    """What a ledger file says, without a lock: a run may be writing to it.
 
-
-def _link(chain: str, entry: Entry) -> str:
-    return hashlib.sha256(chain.encode() + msgspec.json.encode(entry)).hexdigest()
+    Raises:
+        LedgerError: it cannot be read, is no ledger, or was tampered with.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > _MAX_BYTES:
+        raise LedgerError(f"{path} has {len(data)} bytes, more than any ledger should")
+    return parsed(data, str(path))[0]
 
 
 def _read_all(fd: int, size: int) -> bytes:

@@ -3,11 +3,27 @@
 import math
 
 import dp_accounting
+import numpy as np
 import pytest
+from scipy import stats
 
-from privlm.dp.accounting import calibrate_noise_multiplier, epsilon_of, rounded_up
-from privlm.dp.plan import Plan
-from privlm.dp.sampling import PoissonSampler
+from privlm.dp import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    ExampleLevelSampling,
+    FixedSizeSampler,
+    FlatClipping,
+    Plan,
+    PoissonSampler,
+    Search,
+    TruncatedPoissonSampler,
+    UserLevelSampling,
+    calibrate_noise_multiplier,
+    epsilon_of,
+    most_steps,
+    trade_off,
+)
+from privlm.dp.accounting import composed, rounded_up
 
 
 def poisson_gaussian(sigma: float, q: float, steps: int) -> dp_accounting.DpEvent:
@@ -47,6 +63,58 @@ def test_the_renyi_fallback_matches_the_known_values(sigma, q, steps, delta, exp
     assert spent.value == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize(("capacity", "expected"), [(128, 5.2208), (160, 2.12466), (256, 2.124523)])
+def test_truncated_poisson_matches_the_known_values(capacity, expected):
+    event = TruncatedPoissonSampler(0.01, capacity, 10_000).event(1.0, 1000)
+    spent = epsilon_of(event, 1e-6)
+    assert spent.accountant == "PLD"
+    assert spent.value == pytest.approx(expected, abs=1e-3)
+
+
+def test_replacing_one_is_a_shift_of_two_bounds():
+    gaussian = dp_accounting.GaussianDpEvent
+    for accountant_limit in (None, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            if accountant_limit is not None:  # Rényi DP answers
+                patch.setattr("privlm.dp.accounting.MAX_GRID_POINTS", accountant_limit)
+            replaced = epsilon_of(gaussian(2.0), 1e-5, "replace-one")
+            assert replaced.value == pytest.approx(epsilon_of(gaussian(1.0), 1e-5).value, abs=1e-6)
+
+
+def test_fixed_size_batches_are_accounted_by_renyi_for_replacing_one():
+    """Wang et al. 2019; a whole batch is no sampling at all, a small one earns something."""
+    spent = epsilon_of(FixedSizeSampler(10, 1000).event(2.0, 100), 1e-5, "replace-one")
+    assert spent.accountant == "RDP"
+    assert "PLD does not know" in spent.fallback_reason
+    whole = epsilon_of(FixedSizeSampler(1000, 1000).event(2.0, 100), 1e-5, "replace-one")
+    assert spent.value < whole.value / 10
+    # The same rate, drawn by Poisson sampling, is known exactly; it is close and smaller.
+    poisson = epsilon_of(poisson_gaussian(2.0, 0.01, 100), 1e-5, "replace-one").value
+    assert poisson < spent.value < 6 * poisson
+    with pytest.raises(ValueError, match="no accountant knows"):
+        epsilon_of(FixedSizeSampler(10, 1000).event(2.0, 100), 1e-5)
+
+
+def test_events_that_no_accountant_knows_together_are_added_at_half_of_delta():
+    ours, theirs = FixedSizeSampler(10, 1000).event(2.0, 10), poisson_gaussian(2.0, 0.01, 10)
+    both = epsilon_of(composed([ours, theirs]), 1e-5, "replace-one")
+    halves = [epsilon_of(event, 5e-6, "replace-one").value for event in (ours, theirs)]
+    assert both.value == pytest.approx(sum(halves))
+    assert "added at half of δ" in both.fallback_reason
+
+
+def test_noise_too_small_for_pld_where_renyi_is_ignorant_is_unbounded_not_wrong():
+    event = ExampleLevelSampling(4).event(0.5, 0.005, 10)
+    spent = epsilon_of(event, 1e-5)
+    assert spent.value == math.inf
+    assert "did not fit" in spent.fallback_reason
+
+
+def test_a_coarse_grid_errs_upwards():
+    event = poisson_gaussian(1.3, 0.0025, 6000)
+    assert epsilon_of(event, 1e-5, coarseness=10).value > epsilon_of(event, 1e-5).value
+
+
 def test_noise_too_small_for_pld_falls_back_and_says_so():
     spent = epsilon_of(poisson_gaussian(0.01, 0.1, 10), 1e-5)
     assert spent.accountant == "RDP"
@@ -80,6 +148,78 @@ def test_calibration_holds_over_three_decades(target):
     assert epsilon_of(poisson_gaussian(sigma, 0.1, 50), 1e-6).value <= target
 
 
+@pytest.mark.parametrize(
+    ("sampler", "more"),
+    [
+        (TruncatedPoissonSampler(0.05, 60, 1000), {}),
+        (FixedSizeSampler(50, 1000), {"neighbours": "replace-one"}),
+        (PoissonSampler(0.05), {"neighbours": "replace-one"}),
+        (CyclicPoissonSampler(0.2, 4), {}),
+        (BallsInBinsSampler(20), {}),
+        (PoissonSampler(0.05), {"users": ExampleLevelSampling(2)}),
+        (PoissonSampler(0.05), {"users": UserLevelSampling(2)}),
+    ],
+)
+def test_every_kind_of_plan_is_calibrated_from_below(sampler, more):
+    asked = {"sampler": sampler, "steps": 60, "expected_batch_size": 50.0, "delta": 1e-5} | more
+    found = Plan.for_budget(target_epsilon=2.0, **asked)
+    assert found.guarantee().epsilon <= 2.0
+    less = Plan(noise_multiplier=found.noise_multiplier / 1.01, **asked)
+    assert less.guarantee().epsilon > 2.0
+
+
+@pytest.mark.parametrize(("sigma", "q"), [(1.5, 0.04), (2.0, 0.5)])
+def test_the_most_steps_fit_and_a_few_more_do_not(sigma, q):
+    count = most_steps(lambda steps: poisson_gaussian(sigma, q, steps), 3.0, 1e-5)
+    assert epsilon_of(poisson_gaussian(sigma, q, count), 1e-5).value <= 3.0
+    more = count + max(1, count // 250)
+    assert epsilon_of(poisson_gaussian(sigma, q, more), 1e-5).value > 3.0
+
+
+def test_a_plan_allows_the_steps_that_it_was_calibrated_for():
+    made = Plan.for_budget(
+        target_epsilon=1.0, delta=1e-5, sampler=PoissonSampler(0.01), steps=777,
+        expected_batch_size=1.0,
+    )  # fmt: skip
+    assert made.most_steps(1.0, at_most=777) == 777
+    assert made.most_steps(1e-6) == 0
+
+
+def test_the_trade_off_of_one_gaussian_is_known_exactly():
+    """TPR = Φ(Φ⁻¹(α) + 1/σ) (Dong, Roth and Su 2019)."""
+    rates = np.array([0.0, 1e-4, 0.01, 0.1, 0.5, 0.9, 1.0])
+    exact = stats.norm.cdf(stats.norm.ppf(rates) + 1 / 1.3)
+    curve = trade_off(dp_accounting.GaussianDpEvent(1.3), rates)
+    assert (curve >= exact - 1e-9).all()
+    assert curve == pytest.approx(exact, abs=2e-4)
+
+
+def test_the_trade_off_of_a_composition_agrees_with_its_epsilon():
+    event, rates = poisson_gaussian(1.0, 0.02, 200), np.linspace(0, 1, 11)
+    curve = trade_off(event, rates)
+    epsilon = epsilon_of(event, 1e-5).value
+    assert (curve <= 1e-5 + np.exp(epsilon) * rates + 1e-9).all()
+    assert (np.diff(curve) > 0).all()
+    assert (curve >= rates).all()
+    # From above the attack that looks at the largest of many independent steps alone.
+    assert curve[1] > 0.12
+    assert (trade_off(poisson_gaussian(0.0, 0.5, 1), rates) == 1).all()
+    with pytest.raises(ValueError, match="false positive rates"):
+        trade_off(event, np.array([1.1]))
+
+
+def test_a_search_is_no_cheaper_by_taking_its_trials_for_granted():
+    trial = poisson_gaussian(2.0, 0.02, 100)
+    laws = [
+        Search(mean_trials=10.0),
+        Search(mean_trials=10.0, law="poisson"),
+        Search(mean_trials=10.0, law="truncated-negative-binomial", shape=0.0),
+    ]
+    costs = [epsilon_of(search.event(trial), 1e-5).value for search in laws]
+    assert min(costs) > epsilon_of(trial, 1e-5).value
+    assert costs[2] < costs[0]
+
+
 def test_a_budget_out_of_reach_is_refused_with_the_ways_out():
     with pytest.raises(ValueError, match="cannot be reached.*fewer steps"):
         calibrate_noise_multiplier(lambda s: poisson_gaussian(s, 1.0, 10**6), 1e-3, 1e-9)
@@ -96,7 +236,7 @@ def plan(**changes):
         "sampler": PoissonSampler(0.04),
         "steps": 2250,
         "noise_multiplier": 1.5,
-        "max_grad_norm": 1.0,
+        "clipping": FlatClipping(1.0),
         "expected_batch_size": 64.0,
         "delta": 1e-5,
     }
@@ -110,7 +250,9 @@ def test_the_plan_composes_sampler_and_mechanism():
 
 
 def test_full_batches_earn_no_amplification():
-    assert plan(sampler=PoissonSampler(1.0)).step_event() == dp_accounting.GaussianDpEvent(1.5)
+    assert plan(sampler=PoissonSampler(1.0)).event() == dp_accounting.SelfComposedDpEvent(
+        dp_accounting.GaussianDpEvent(1.5), 2250
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +261,6 @@ def test_full_batches_earn_no_amplification():
         {"steps": 0},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": math.nan},
-        {"max_grad_norm": 0.0},
-        {"max_grad_norm": math.inf},
         {"expected_batch_size": 0.0},
         {"delta": 0.0},
     ],
