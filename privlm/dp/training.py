@@ -8,20 +8,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from privlm.data import TokenBlocks
+from privlm.dp.batches import Batch, select, size
+from privlm.dp.canaries import GradientCanaries
 from privlm.dp.clipping import NonFiniteGradient, PerExampleClipping, PerExampleLoss
 from privlm.dp.ledger import Ledger
 from privlm.dp.plan import Plan
+from privlm.dp.records import InMemory, Records
+from privlm.dp.releases import Releases
 from privlm.models import per_example_loss
-from protocols.randomness import Stream
+from protocols.randomness import SEED_BYTES, Stream
+
+if TYPE_CHECKING:
+    from privlm.dp.distributed import Group, SharedLedger
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,7 +79,7 @@ class PlainGradients:
     Args:
         model: the model in training.
         loss: per-example loss.
-        examples: shape (N, ...).
+        examples: N of them, as a tensor or a mapping of tensors.
         batch_size: at most N are used at once.
         generator: order of the batches.
     """
@@ -81,11 +88,11 @@ class PlainGradients:
         self,
         model: nn.Module,
         loss: PerExampleLoss,
-        examples: Tensor,
+        examples: Batch,
         batch_size: int,
         generator: torch.Generator,
     ) -> None:
-        if len(examples) == 0:
+        if size(examples) == 0:
             raise ValueError("there are no examples to train on")
         self._model = model
         self._loss = loss
@@ -114,74 +121,82 @@ class PlainGradients:
 class PrivateGradients:
     """DP-SGD's gradients (Abadi et al. 2016, algorithm 1): the only way to a private model.
 
-    Every step draws a Poisson batch, clips and sums its per-example gradients,
-    writes the step to the ledger, adds noise, and divides by the expected batch
-    size. An empty batch releases noise like any other.
+    Every step draws a batch by the plan's sampler, clips and sums its per-example
+    gradients, and releases the sum. An empty batch releases noise like any other.
 
     Args:
         clipping: an entered :class:`PerExampleClipping` over the model in training.
-        examples: shape (N, ...), the private data.
-        plan: the public parameters.
-        ledger: the data set's record; written before every release.
-        run: this run's name in the ledger.
-        stream: secret randomness; sampling and noise use children of it.
+        records: the private data.
+        releases: what the sums become.
+        group: the processes of the run, if there are several.
     """
 
     def __init__(
         self,
         clipping: PerExampleClipping,
-        examples: Tensor,
-        plan: Plan,
-        ledger: Ledger,
-        run: str,
-        stream: Stream,
+        records: Records,
+        releases: Releases,
+        group: Group | None = None,
     ) -> None:
         self._clipping = clipping
-        self._examples = examples
-        self._plan = plan
-        self._ledger = ledger
-        self._run = run
-        self._sampling = stream.child("sampling")
-        self._noise = stream.child("noise")
+        self._records = records
+        self._group = group
+        self.releases = releases
 
     def next(self) -> tuple[Tensor, ...]:
         """The noised, normalised gradient of the next step.
 
         Raises:
             NonFiniteGradient, LedgerError: before anything was released.
-            BudgetSpent: the plan's steps are all on the ledger.
+            BudgetSpent: the plan's steps are all taken.
         """
-        if self._ledger.steps(self._run) >= self._plan.steps:
-            raise BudgetSpent(
-                f"all {self._plan.steps} steps of the plan are spent; another would exceed the "
-                "guarantee. Make a new plan with a larger budget to train on"
-            )
-        batch = self._plan.sampler.draw(len(self._examples), self._sampling)
-        clipped = self._clipping.clipped_sum(self._examples[batch])
-        self._ledger.record(self._run, self._plan)
-        release = self._plan.mechanism.release(clipped, self._noise)
-        return tuple(value / self._plan.expected_batch_size for value in release.values)
-
-
-class BudgetSpent(ValueError):
-    """One more step would exceed the guarantee that the plan gives."""
+        bound, group = self.releases.max_grad_norm, self._group
+        batch, joined = self.releases.draw(len(self._records))
+        if group is None:
+            clipped = self._clipping.clipped_sum(self._records.take(batch), bound)
+            return self.releases.release(clipped, joined)
+        clipped = group.summed(self._clipping, self._records, batch, bound)
+        return group.gathered(self.releases.release(clipped, joined))
 
 
 @contextmanager
 def private_gradients(
     model: nn.Module,
     loss: PerExampleLoss,
-    examples: Tensor,
+    records: Records | Batch,
     plan: Plan,
-    ledger: Ledger,
+    ledger: Ledger | SharedLedger,
     *,
     run: str,
     stream: Stream,
-    microbatch_size: int = 64,
+    start: int | None = None,
+    microbatch_size: int | None = None,
+    canaries: GradientCanaries | None = None,
+    group: Group | None = None,
 ) -> Iterator[PrivateGradients]:
-    """:class:`PrivateGradients` over ``model``, whose hooks are removed on leaving."""
-    with PerExampleClipping(model, loss, plan.max_grad_norm, microbatch_size) as clipping:
-        yield PrivateGradients(clipping, examples, plan, ledger, run, stream)
+    """:class:`PrivateGradients` over ``model``, which is an ordinary one again on leaving.
+
+    With a ``group``, every process calls this with the same arguments, of which ``ledger`` and
+    ``stream`` are the group's.
+
+    Raises:
+        ProcessesDiffer: the arguments are not the same in all processes of the group.
+        ValueError: the ledger is not the group's; or as :class:`Releases`.
+    """
+    if isinstance(records, Tensor | Mapping):
+        records = InMemory(records)
+    shard = None
+    if group is not None:
+        if isinstance(ledger, Ledger):
+            raise ValueError("several processes share a ledger; open it by group.ledger(path)")
+        shard = group.rank
+        group.require_same("plan, run or number of records", _shared(plan, run, len(records)))
+    releases = Releases(plan, ledger, run, stream, start=start, canaries=canaries, shard=shard)
+    if group is not None:
+        group.require_same("the secret stream", stream.child("check").bytes(SEED_BYTES))
+    made = PerExampleClipping if group is None else group.clipping
+    with made(model, loss, plan.clipping, microbatch_size) as clipping:
+        yield PrivateGradients(clipping, records, releases, group)
 
 
 def fit(
@@ -209,13 +224,18 @@ def fit(
         after_step(step + 1)
 
 
+def _shared(plan: Plan, run: str, records: int) -> bytes:
+    """What several processes must agree on."""
+    return msgspec.json.encode((plan, run, records))
+
+
 def _shuffled_batches(
-    examples: Tensor, batch_size: int, generator: torch.Generator
-) -> Iterator[Tensor]:
+    examples: Batch, batch_size: int, generator: torch.Generator
+) -> Iterator[Batch]:
     while True:
-        order = torch.randperm(len(examples), generator=generator)
+        order = torch.randperm(size(examples), generator=generator)
         for batch in order.split(batch_size):
-            yield examples[batch]
+            yield select(examples, batch)
 
 
 def examples_of(blocks: TokenBlocks) -> Tensor:

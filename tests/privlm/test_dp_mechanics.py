@@ -17,8 +17,8 @@ from privlm.dp.ledger import Ledger
 from privlm.dp.noise import GRID_BITS, GaussianMechanism
 from privlm.dp.plan import Plan
 from privlm.dp.sampling import PoissonSampler
+from privlm.dp.releases import BudgetSpent
 from privlm.dp.training import (
-    BudgetSpent,
     PlainGradients,
     PrivateGradients,
     causal_lm_loss,
@@ -70,7 +70,7 @@ class TestSampling:
         """Batch sizes are Binomial(N, q); z-tests at |z| < 5, false alarms below 1e-5."""
         n, q, draws = 400, 0.1, 2000
         source = stream()
-        sizes = np.array([len(PoissonSampler(q).draw(n, source)) for _ in range(draws)])
+        sizes = np.array([len(PoissonSampler(q).draw(n, t, source)) for t in range(draws)])
         variance = n * q * (1 - q)
         assert abs(sizes.mean() - n * q) < 5 * math.sqrt(variance / draws)
         assert abs(sizes.var() / variance - 1) < 5 * math.sqrt(2 / draws)
@@ -86,8 +86,8 @@ class TestSampling:
         table = np.zeros((2, 2), int)
         shuffled = np.zeros((2, 2), int)
         rng = np.random.default_rng(0)
-        for _ in range(4000):
-            drawn = set(PoissonSampler(0.5).draw(4, source).tolist())
+        for step in range(4000):
+            drawn = set(PoissonSampler(0.5).draw(4, step, source).tolist())
             table[int(0 in drawn), int(1 in drawn)] += 1
             fixed = set(rng.permutation(4)[:2].tolist())
             shuffled[int(0 in fixed), int(1 in fixed)] += 1
@@ -95,7 +95,7 @@ class TestSampling:
 
     def test_two_steps_draw_different_batches(self):
         source = stream()
-        first, second = (PoissonSampler(0.5).draw(1000, source) for _ in range(2))
+        first, second = (PoissonSampler(0.5).draw(1000, t, source) for t in range(2))
         assert not torch.equal(first, second)
 
 
@@ -244,7 +244,6 @@ def plan(steps: int = 5, q: float = 0.5, sigma: float = 1.0, batch: float = 10.0
         sampler=PoissonSampler(q),
         steps=steps,
         noise_multiplier=sigma,
-        max_grad_norm=1.0,
         expected_batch_size=batch,
         delta=1e-5,
     )
@@ -258,7 +257,7 @@ class TestTraining:
             Ledger, "record", lambda *a, **k: (order.append("ledger"), record(*a, **k))[1]
         )
         monkeypatch.setattr(
-            GaussianMechanism, "release", lambda *a: (order.append("release"), release(*a))[1]
+            GaussianMechanism, "release", lambda *a, **k: (order.append("release"), release(*a, **k))[1]
         )
         with (
             Ledger(tmp_path / "l", dataset="d") as ledger,
@@ -335,7 +334,7 @@ class TestTraining:
 
     def test_a_failed_ledger_stops_the_release(self, tmp_path, monkeypatch):
         released = []
-        monkeypatch.setattr(GaussianMechanism, "release", lambda *a: released.append(a))
+        monkeypatch.setattr(GaussianMechanism, "release", lambda *a, **k: released.append(a))
 
         def full(*args):
             raise OSError(28, "No space left on device")
