@@ -10,7 +10,7 @@ import operator
 import os
 import sys
 from fractions import Fraction
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -28,13 +28,20 @@ SEED_BYTES = 32
 
 Shape: TypeAlias = int | tuple[int, ...]
 
-# Greatest magnitude that `Stream.standard_normal` gives, 8.57: there its tails end.
-NORMAL_CUT = math.sqrt(106 * math.log(2))
+# Greatest magnitude that `Stream.standard_normal` gives, 13.27: there its tails end.
+NORMAL_CUT = math.sqrt(254 * math.log(2))
+# Up to this magnitude, 10.73, the values of `Stream.standard_normal` lie dense: their radii are
+# less than 2^-43 apart. Beyond it the gaps grow.
+NORMAL_DENSE = math.sqrt(166 * math.log(2))
 
 _STREAM_INFO = b"privlm/protocols/stream/v1\x00"
 # 64 KiB of zeros and 64 KiB of output stay in a core's second-level cache.
 _ZEROS = memoryview(bytes(1 << 16))
 _BLOCK_WORDS = 1 << 13
+# Words, results and scratch of one block of normals: 900 KiB, a large second-level cache.
+_BLOCK_NORMALS = 1 << 15
+# Shorter words are continued; see `Stream.fill_normal`. One pair in 2^19.
+_SHORT_WORD = 2.0**44
 
 
 def hkdf_sha256(secret: bytes, *, salt: bytes, info: bytes, length: int) -> bytes:
@@ -62,7 +69,46 @@ class Keystream:
             update_into(_ZEROS[: size - whole], out[whole:])
 
 
-class Stream:
+class SingleUse:
+    """What keeps a source of keystream from being repeated: by a copy, a pickle or a fork."""
+
+    __slots__ = ("_label", "_process")
+
+    def __init__(self, label: str) -> None:
+        if not label:
+            raise ValueError("a stream needs a label that says what it is for")
+        self._label = label
+        self._process = os.getpid()
+
+    @property
+    def label(self) -> str:
+        """What the stream is for."""
+        return self._label
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._process:
+            raise KeystreamReused(
+                f"stream {self._label!r} was made in another process: a fork would repeat its "
+                "keystream; draw a seed for each process before forking, and pass it"
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(label={self._label!r})"
+
+    def __copy__(self) -> NoReturn:
+        raise KeystreamReused(f"a copy of stream {self._label!r} would repeat its keystream")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__copy__()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__copy__()
+
+    def __getstate__(self) -> NoReturn:
+        self.__copy__()
+
+
+class Stream(SingleUse):
     r"""A reproducible, unpredictable sequence: AES-256-CTR keyed by HKDF-SHA256(seed, label).
 
     key ‖ first counter block ‖ secret of the children (32, 16 and 32 bytes)
@@ -89,28 +135,20 @@ class Stream:
 
     """
 
-    __slots__ = ("_child_secret", "_keystream", "_label", "_process")
+    __slots__ = ("_child_secret", "_keystream")
 
     def __init__(self, seed: bytes, label: str) -> None:
         if not isinstance(seed, bytes) or len(seed) != SEED_BYTES:
             raise ValueError(f"a stream needs a seed of exactly {SEED_BYTES} bytes")
-        if not label:
-            raise ValueError("a stream needs a label that says what it is for")
+        super().__init__(label)
         derived = hkdf_sha256(seed, salt=b"", info=_STREAM_INFO + label.encode(), length=80)
         self._keystream = Keystream(derived[:32], derived[32:48])
         self._child_secret = derived[48:]
-        self._label = label
-        self._process = os.getpid()
 
     @classmethod
     def fresh(cls, label: str) -> "Stream":
         """Make a stream that nobody can reproduce: its seed comes from the operating system."""
         return cls(os.urandom(SEED_BYTES), label)
-
-    @property
-    def label(self) -> str:
-        """What the stream is for."""
-        return self._label
 
     def child(self, label: str) -> "Stream":
         """Derive the stream for `label`.
@@ -137,15 +175,7 @@ class Stream:
             KeystreamReused: this process is a fork of the one that made the stream.
 
         """
-        if isinstance(array, torch.Tensor):
-            if array.device.type != "cpu":
-                raise ValueError(f"a stream fills host memory, not {array.device}")
-            array = array.detach().numpy()
-        array = np.asarray(array)  # a subclass, such as np.matrix, may not flatten
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"uniform bytes are no uniform {array.dtype}: fill integers")
-        if not (array.flags.c_contiguous and array.flags.writeable):
-            raise ValueError("a stream fills contiguous, writable memory only")
+        array = _writable(array, "iu")
         if array.size:
             self._write_into(array.reshape(-1).view(np.uint8).data)
 
@@ -215,41 +245,77 @@ class Stream:
                 return order
 
     def standard_normal(self, shape: Shape) -> NDArray[np.float64]:
-        """Draw independent standard normals by the Box–Muller transform (Box and Muller 1958).
-
-        z₀ = r cos θ, z₁ = r sin θ with r = √(−2 ln u), θ = 2π(v − ½); u in (0, 1] and v in [0, 1)
-        are multiples of 2^-53, so ln 0 never occurs and |z| <= √(106 ln 2) = `NORMAL_CUT`: a true
-        normal lies beyond that with probability below 10^-17. The values are a grid of float64s,
-        not reals, and their last bits depend on the machine's libm: where floating-point noise
-        could give away the value beneath it (Mironov 2012), use a discrete sampler instead.
-        """
+        """Draw independent standard normals; see `fill_normal`."""
         out = np.empty(shape, np.float64)
-        flat = out.reshape(-1)
-        for start in range(0, flat.size, _BLOCK_WORDS):
-            block = flat[start : start + _BLOCK_WORDS]
-            words_P2 = self._words(block.size + block.size % 2).reshape(-1, 2)  # P pairs
-            words_P2 >>= np.uint64(11)
-            u_P = (words_P2[:, 0].astype(np.float64) + 1.0) * 2.0**-53
-            v_P = words_P2[:, 1].astype(np.float64) * 2.0**-53
+        self.fill_normal(out)
+        return out
+
+    def fill_normal(self, array: NDArray[np.float64] | torch.Tensor) -> None:
+        r"""Overwrite `array`, in place, with independent standard normals (Box and Muller 1958).
+
+        z₀ = r cos θ, z₁ = r sin θ with r = √(−2 ln u) and θ = 2πv. With i and j uniform 64-bit
+        words read as signed integers, u = |i| 2^-63 in [0, 1] and v = j 2^-64 in [−½, ½). Where
+        |i| < 2^44 another signed word k continues it: u = |i + k 2^-64| 2^-63, at least 2^-127. So
+        u has a relative precision of 2^-44 or better down to 2^-83, and the radii from 0.001 to
+        `NORMAL_DENSE` = √(166 ln 2) = 10.73 lie less than 2^-43 apart. They end at `NORMAL_CUT` =
+        √(254 ln 2) = 13.27, beyond which a normal lies with probability below 10^-39.
+
+        The values are a grid of float64s, not reals, and their last bits depend on the machine's
+        libm: where floating-point noise could give away the value beneath it (Mironov 2012), round
+        the sum to a coarser grid, or use a discrete sampler. How a draw is cut changes it: two
+        draws of n values are not one of 2n.
+
+        Args:
+            array: contiguous, writable float64 of any shape, in host memory.
+
+        Raises:
+            ValueError: the array is anything else.
+            KeystreamReused: this process is a fork of the one that made the stream.
+
+        """
+        flat = _writable(array, "f", 8).reshape(-1)
+        pairs = (min(flat.size, _BLOCK_NORMALS) + 1) // 2
+        words, scratch_3P = np.empty(2 * pairs, np.int64), np.empty((3, pairs))
+        for start in range(0, flat.size, _BLOCK_NORMALS):
+            block = flat[start : start + _BLOCK_NORMALS]
+            pairs = (block.size + 1) // 2
+            radius_P, tan_P, square_P = scratch_3P[:, :pairs]
+            self.fill(words[: 2 * pairs])
+            self._uniforms_into(radius_P, words[:pairs])
+            np.log(radius_P, out=radius_P)
+            radius_P *= -2.0
+            np.sqrt(radius_P, out=radius_P)
             # NumPy's tangent is vectorised, its sine and cosine are not: with t = tan θ/2,
             # cos θ = (1 − t²)/(1 + t²) and sin θ = 2t/(1 + t²).
-            tan_P = np.tan(math.pi * (v_P - 0.5))
-            square_P = tan_P * tan_P
-            scale_P = np.sqrt(-2.0 * np.log(u_P)) / (1.0 + square_P)
-            block[0::2] = scale_P * (1.0 - square_P)
-            block[1::2] = (2.0 * scale_P * tan_P)[: block.size // 2]
-        return out
+            np.copyto(tan_P, words[pairs : 2 * pairs])
+            tan_P *= math.pi * 2.0**-64
+            np.tan(tan_P, out=tan_P)
+            np.multiply(tan_P, tan_P, out=square_P)
+            cosines_P, sines = block[:pairs], block[pairs:]
+            np.subtract(1.0, square_P, out=cosines_P)
+            square_P += 1.0
+            radius_P /= square_P
+            cosines_P *= radius_P
+            tan_P += tan_P
+            np.multiply(radius_P[: sines.size], tan_P[: sines.size], out=sines)
+
+    def _uniforms_into(self, out_P: NDArray[np.float64], words_P: NDArray[np.int64]) -> None:
+        """Uniforms in [2^-127, 1] of full relative precision; see `fill_normal`."""
+        np.copyto(out_P, words_P)
+        np.abs(out_P, out=out_P)
+        if out_P.min() < _SHORT_WORD:
+            # Such words are exact as float64s. The cell of i is [i − ½, i + ½), so that 0, which
+            # has no second sign, keeps half the probability of 1 and of all others.
+            short = np.flatnonzero(out_P < _SHORT_WORD)
+            following = np.empty(short.size, np.int64)
+            self.fill(following)
+            continued = np.abs(words_P[short] + following * 2.0**-64)
+            out_P[short] = np.maximum(continued, 2.0**-64)
+        out_P *= 2.0**-63
 
     def _write_into(self, out: memoryview) -> None:
         self._require_own_process()
         self._keystream.write_into(out)
-
-    def _require_own_process(self) -> None:
-        if os.getpid() != self._process:
-            raise KeystreamReused(
-                f"stream {self._label!r} was made in another process: a fork would repeat its "
-                "keystream; draw a seed for each process before forking, and pass it"
-            )
 
     def _words(self, count: int) -> NDArray[np.uint64]:
         words = np.empty(count, np.uint64)
@@ -275,21 +341,6 @@ class Stream:
                 filled += accepted.size
         return out
 
-    def __repr__(self) -> str:
-        return f"Stream(label={self._label!r})"
-
-    def __copy__(self) -> NoReturn:
-        raise KeystreamReused(f"a copy of stream {self._label!r} would repeat its keystream")
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        self.__copy__()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.__copy__()
-
-    def __getstate__(self) -> NoReturn:
-        self.__copy__()
-
     # Last, because inside the class body the name shadows the type from here on.
     def bytes(self, count: int) -> bytes:
         """Read the next `count` bytes."""
@@ -298,3 +349,20 @@ class Stream:
         out = bytearray(count)
         self._write_into(memoryview(out))
         return bytes(out)
+
+
+def _writable(
+    array: NDArray[Any] | torch.Tensor, kinds: str, item_bytes: int | None = None
+) -> NDArray[Any]:
+    """The NumPy view of `array`, if a stream can fill it in place."""
+    if isinstance(array, torch.Tensor):
+        if array.device.type != "cpu":
+            raise ValueError(f"a stream fills host memory, not {array.device}")
+        array = array.detach().numpy()
+    array = np.asarray(array)  # a subclass, such as np.matrix, may not flatten
+    if array.dtype.kind not in kinds or array.dtype.itemsize != (item_bytes or array.itemsize):
+        what = "bytes: fill integers" if "i" in kinds else "normals: fill float64"
+        raise ValueError(f"an array of {array.dtype} cannot hold {what}")
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        raise ValueError("a stream fills contiguous, writable memory only")
+    return array

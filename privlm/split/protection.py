@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privlm.dp.noise import noised
 from protocols.errors import LocalProtocolError
-from protocols.randomness import Stream
+from protocols.randomness import NORMAL_DENSE, Stream
 
 _SCALES = (1e-30, 1e30)
 """Of noise and clip: no number that leaves can then overflow a float32, which would tell."""
@@ -28,9 +28,9 @@ MIN_EPSILON = 1e-3
 _DELTA_MARGIN = 0.1
 """Part of delta that stays unused, for the tails and float64's errors."""
 
-_SPARSE_FROM = 7.0
-"""Deviations from which on the sampler's values, from uniforms of 53 bits, are sparser than the
-grid they are rounded to. They end at ``protocols.randomness.NORMAL_CUT``, 8.57."""
+_SPARSE_FROM = NORMAL_DENSE
+"""Deviations, 10.73, to which the sampler's values lie far denser than the grid they are rounded
+to. They end at ``protocols.randomness.NORMAL_CUT``, 13.27."""
 
 _TAIL_SHARE = 0.1
 """Part of delta that the sparse tails may take."""
@@ -82,11 +82,11 @@ class GaussianNoise:
 
         δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ)        (Balle and Wang 2018, theorem 8).
 
-    The formula holds for exact normals. The sampler's are sparser than the grid they are rounded to
-    from about 7 deviations on, and end at 8.57: a row out there may rule another prompt out. Over
-    all rows this has a probability of about max_rows · Φ(2 · clip / noise_std - 7); parameters for
-    which that exceeds δ / 10 are refused, and ε is computed at 0.9 δ. That "about" is a count of
-    reachable values and no proof.
+    The formula holds for exact normals. The sampler's grow sparse from 10.73 deviations on, become
+    sparser than the grid they are rounded to at about 12, and end at 13.27: a row out there may
+    rule another prompt out. Over all rows this has a probability of about
+    max_rows · Φ(2 · clip / noise_std - 10.73); parameters for which that exceeds δ / 10 are
+    refused, and ε is computed at 0.9 δ. That "about" is a count of reachable values and no proof.
 
     A row that holds a NaN or an infinity, or whose norm overflows, becomes the zero row: something
     is sent whatever the prompt.
@@ -121,7 +121,7 @@ class GaussianNoise:
         if beyond > _TAIL_SHARE * self.delta:
             raise ValueError(
                 f"noise of {self.noise_std:g} is too little for rows clipped to {self.clip:g}: its "
-                f"tails are sparse from {_SPARSE_FROM:g} deviations on, and a row out there, of "
+                f"tails are sparse from {_SPARSE_FROM:.2f} deviations on, and a row out there, of "
                 f"probability {beyond:.1g}, may tell prompts apart; that must be at most a tenth "
                 f"of delta, {self.delta:g}: ask for a smaller epsilon or a greater delta"
             )

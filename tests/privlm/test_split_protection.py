@@ -9,7 +9,7 @@ from scipy import stats
 
 from privlm.dp.noise import GRID_BITS
 from privlm.split import GaussianNoise, Plain, gaussian_delta
-from protocols.randomness import NORMAL_CUT, Stream
+from protocols.randomness import NORMAL_CUT, NORMAL_DENSE, Stream
 
 
 @pytest.fixture
@@ -98,25 +98,30 @@ def test_what_is_stated_is_never_below_the_truth(delta, greatest_epsilon, greate
 def within_the_tails(protection, stream, monkeypatch):
     """The greatest and the least number that noise can add, in deviations."""
     reached = []
-    for word in (0, 1 << 63):  # the shortest uniform, at angles -π and 0
-        words = np.array([0, word], np.uint64)
-        monkeypatch.setattr(Stream, "_words", lambda self, count, w=words: np.tile(w, count // 2))
+    for word in (-(1 << 63), 0):  # the shortest uniform, at angles -π and 0
+
+        def fill(self, words, word=word):
+            words[:] = 0
+            if words.size > 1:  # radii, then angles; alone, it continues a short word
+                words[words.size // 2 :] = word
+
+        monkeypatch.setattr(Stream, "fill", fill)
         zeros_TD = torch.zeros(1, 2)
         reached.append(float(protection.protect(zeros_TD, stream)[0, 0]) / protection.noise_std)
     return reached
 
 
 def test_noise_so_little_that_its_tails_tell_is_refused(stream, monkeypatch):
-    """Past the tails around one row the other is certain; they are sparse from 7σ on."""
+    """Past the tails around one row the other is certain; they are sparse from 10.73σ on."""
     edge = GaussianNoise.for_budget(8.0, 1e-5, clip=1.0, max_rows=1)
     low, high = within_the_tails(edge, stream, monkeypatch)
     assert (-low, high) == (pytest.approx(NORMAL_CUT, abs=1e-4),) * 2
     for epsilon in (100.0, 2000.0):
-        with pytest.raises(ValueError, match="tails are sparse from 7 deviations on"):
+        with pytest.raises(ValueError, match="tails are sparse from 10.73 deviations on"):
             GaussianNoise.for_budget(epsilon, 1e-5, 1.0, 1)
-    # Where the rule turns: 2 · clip/σ - 7 is the quantile of δ/10 over all rows.
+    # Where the rule turns: 2 · clip/σ - 10.73 is the quantile of δ/10 over all rows.
     for max_rows in (1, 32):
-        turn = 2 / (7 + stats.norm.ppf(1e-6 / max_rows))
+        turn = 2 / (NORMAL_DENSE + stats.norm.ppf(1e-6 / max_rows))
         GaussianNoise(turn * 1.0001, 1.0, max_rows, 1e-5)
         with pytest.raises(ValueError, match="at most a tenth of delta, 1e-05"):
             GaussianNoise(turn * 0.9999, 1.0, max_rows, 1e-5)

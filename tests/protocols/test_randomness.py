@@ -18,6 +18,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from protocols.errors import KeystreamReused
-from protocols.randomness import NORMAL_CUT, Keystream, Stream, hkdf_sha256
+from protocols.randomness import NORMAL_CUT, NORMAL_DENSE, Keystream, Stream, hkdf_sha256
 
 ROOT = Path(__file__).parents[2]
 VECTORS = ROOT / "tests" / "vectors"
@@ -108,6 +109,15 @@ def test_frozen_outputs_follow_from_the_documented_derivation():
     assert keystream(child, 32).hex() == OWN["child_a_first_32_bytes"]
 
 
+def test_frozen_normals_follow_from_the_documented_transform():
+    words = np.frombuffer(bytes.fromhex(OWN["first_64_bytes"])[:48], "<i8")
+    radii = [math.sqrt(-2 * math.log(abs(int(word)) / 2**63)) for word in words[:3]]
+    angles = [2 * math.pi * int(word) / 2**64 for word in words[3:]]
+    cosines = [r * math.cos(angle) for r, angle in zip(radii, angles, strict=True)]
+    sines = [r * math.sin(angle) for r, angle in zip(radii, angles, strict=True)]
+    np.testing.assert_allclose(OWN["standard_normal"], [*cosines, *sines[:2]], rtol=1e-12)
+
+
 # Misuse
 
 
@@ -167,7 +177,13 @@ def test_printing_shows_the_label_alone():
 
 
 @pytest.mark.parametrize(
-    "use", [lambda s: s.bytes(1), lambda s: s.child("a"), lambda s: s.integers(3, 1)]
+    "use",
+    [
+        lambda s: s.bytes(1),
+        lambda s: s.child("a"),
+        lambda s: s.integers(3, 1),
+        lambda s: s.standard_normal(1),
+    ],
 )
 def test_a_forked_process_cannot_repeat_the_keystream(stream, use):
     child = os.fork()
@@ -494,39 +510,126 @@ def test_normals_are_standard_and_another_scale_is_seen(stream):
     assert stats.kstest(drawn, "norm").pvalue > 1e-4
     assert stats.kstest(drawn, "norm", args=(0.0, 1.1)).pvalue < 1e-10
     assert stats.kstest(drawn * 1.1, "norm").pvalue < 1e-10
-    # The two halves of each pair are independent, as are their magnitudes.
-    pairs = drawn[:50_000].reshape(-1, 2)
-    assert stats.pearsonr(pairs[:, 0], pairs[:, 1]).pvalue > 1e-4
-    assert stats.pearsonr(pairs[:, 0] ** 2, pairs[:, 1] ** 2).pvalue > 1e-4
+    # The two halves of each pair are independent, as are their magnitudes. A block of 2^15 holds
+    # the cosines of its pairs, then their sines.
+    cosines, sines = drawn[: 1 << 14], drawn[1 << 14 : 1 << 15]
+    assert stats.pearsonr(cosines, sines).pvalue > 1e-4
+    assert stats.pearsonr(cosines**2, sines**2).pvalue > 1e-4
+    assert stats.pearsonr(cosines**2, np.roll(cosines, 1) ** 2).pvalue > 1e-4
+    # One word for radius and angle would pass every test of one coordinate.
+    assert stats.pearsonr(cosines**2, cosines**2 + sines**2).pvalue < 1e-10
 
 
-@pytest.mark.parametrize(("word", "largest"), [(0, 8.58), (2**64 - 1, 1e-7)])
-def test_normals_are_finite_at_the_extreme_words(word, largest):
-    class Constant(Stream):
-        __slots__ = ()
+def test_moments_and_tails_of_normals(stream):
+    """A million draws: each bound is five standard errors, false alarm below 10^-5 in all."""
+    n = 1_000_000
+    drawn = stream.standard_normal(n)
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((drawn**power).mean() - expected) < 5 * math.sqrt(variance / n)
+    for wrong in (2 / 3, 3 / 2):
+        assert abs(((wrong * drawn) ** 2).mean() - 1) > 5 * math.sqrt(2 / n)
+    for cut in (3.0, 4.0, 4.5):
+        beyond = int((abs(drawn) > cut).sum())
+        assert stats.binomtest(beyond, n, 2 * stats.norm.sf(cut)).pvalue > 1e-6
 
-        def _words(self, count):
-            return np.full(count, word, np.uint64)
 
-    drawn = Constant(bytes(32), "extreme").standard_normal(10)
-    assert np.isfinite(drawn).all()
-    assert abs(drawn).max() < largest
+class Given(Stream):
+    """Gives the words it is told to: radii, angles, and what continues short words."""
+
+    __slots__ = ()
+    radii = angles = following = 0
+
+    def fill(self, array):
+        half = array.size // 2
+        if array.size == 1:
+            array[:] = type(self).following
+        else:
+            array[:half], array[half:] = type(self).radii, type(self).angles
 
 
-def test_the_tails_of_normals_end_where_the_constant_says():
-    """At the shortest uniform; the next one already gives less, and so do all others."""
+@pytest.fixture
+def given_words():
+    return Given(bytes(32), "given")
 
-    class Chosen(Stream):
-        __slots__ = ()
-        uniform = 0
 
-        def _words(self, count):
-            return np.tile(np.array([self.uniform << 11, 1 << 63], np.uint64), count // 2)
+@pytest.mark.parametrize(
+    ("word", "radius"), [(0, NORMAL_CUT), (-(1 << 63), 0.0), ((1 << 63) - 1, 0.0)]
+)
+def test_normals_are_finite_at_the_extreme_words(given_words, word, radius):
+    Given.radii, Given.following = word, 0
+    for angle in (-(1 << 63), (1 << 63) - 1, 0, 1, 1 << 62, -(1 << 62)):
+        Given.angles = angle
+        drawn = given_words.standard_normal(2)
+        assert math.hypot(*drawn) == pytest.approx(radius, rel=1e-15, abs=1e-7)
 
-    stream = Chosen(bytes(32), "tail")
-    assert stream.standard_normal(2)[0] == pytest.approx(NORMAL_CUT, rel=1e-15)
-    Chosen.uniform = 1
-    assert stream.standard_normal(2)[0] < NORMAL_CUT - 0.08
+
+def test_a_short_word_is_continued_by_another(given_words):
+    """u = |i + k 2^-64| 2^-63, against the logarithm in 40 digits; a long word is not continued."""
+    Given.angles = 0
+    for word in (0, 1, -1, 5, -5, 3**20, 1 - (1 << 44)):
+        for following in (1, -1, 1 << 62, -(1 << 63), 12345678901234567):
+            Given.radii, Given.following = word, following
+            with mpmath.workdps(40):
+                uniform = abs(word + mpmath.mpf(following) / 2**64) / 2**63
+                expected = float(mpmath.sqrt(-2 * mpmath.log(uniform)))
+            drawn = given_words.standard_normal(2)[0]
+            assert drawn == pytest.approx(expected, rel=1e-14)
+            assert drawn <= NORMAL_CUT
+    Given.radii, Given.following = 1 << 44, 0
+    long = given_words.standard_normal(2)[0]
+    Given.following = 1 << 62
+    assert given_words.standard_normal(2)[0] == long
+
+
+def test_the_tails_of_normals_are_dense_to_where_the_constant_says(given_words):
+    """Neighbouring words give radii less than 2^-43 apart; uniforms of 53 bits end at 8.57."""
+    Given.angles = 0
+    # |i + k 2^-64| 2^-63 = 2^-83 at i = 0 and k = 2^44.
+    Given.radii, Given.following = 0, 1 << 44
+    edge = given_words.standard_normal(2)[0]
+    assert edge == pytest.approx(NORMAL_DENSE, rel=1e-15)
+    Given.following = (1 << 44) - 1
+    assert 0 < given_words.standard_normal(2)[0] - edge < 2.0**-43
+    for word in (1 << 44, 1 << 50, 1 << 60):
+        Given.radii = word
+        near = given_words.standard_normal(2)[0]
+        Given.radii = word + (1 << max(0, word.bit_length() - 53))
+        assert 0 <= near - given_words.standard_normal(2)[0] < 2.0**-43
+
+
+def test_short_words_keep_their_probability():
+    """The continuation is uniform around its word: KS at 10^-4, and against [i, i + 1) it fails."""
+    stream = Stream(bytes(range(32)), "short")
+    words = np.full(20_000, 3, np.int64)
+    uniforms = np.empty(words.size)
+    stream._uniforms_into(uniforms, words)
+    scaled = uniforms * 2.0**63
+    assert stats.kstest(scaled, "uniform", args=(2.5, 1.0)).pvalue > 1e-4
+    assert stats.kstest(scaled, "uniform", args=(3.0, 1.0)).pvalue < 1e-10
+
+
+@pytest.mark.parametrize("odd", [1, 2, 3, 32767, 32768, 32769, 65537])
+def test_every_place_of_an_array_gets_its_own_normal(odd):
+    drawn = Stream(bytes(32), "places").standard_normal(odd)
+    assert len(np.unique(drawn)) == odd
+    filled = torch.full((odd,), torch.nan, dtype=torch.float64)
+    Stream(bytes(32), "places").fill_normal(filled)
+    np.testing.assert_array_equal(filled.numpy(), drawn)
+
+
+def test_normals_fill_float64_only(stream):
+    frozen = np.zeros(4)
+    frozen.flags.writeable = False
+    for array in (
+        np.zeros(4, np.float32),
+        np.zeros(4, np.int64),
+        np.zeros((4, 4))[:, 1],
+        frozen,
+        torch.zeros(4),
+        torch.zeros(4, dtype=torch.float64, device="meta"),
+    ):
+        with pytest.raises(ValueError, match="fill"):
+            stream.fill_normal(array)
 
 
 def test_streams_of_different_labels_are_independent(stream):
