@@ -186,6 +186,7 @@ class PerExampleClipping:
 
     def __enter__(self) -> PerExampleClipping:
         self._model.train()
+        self._versions = self._buffer_versions()
         self._book = Book(self.parameters)
         self._patches = Patches(self._model, self._book)
         return self
@@ -300,12 +301,28 @@ class PerExampleClipping:
 
     def _losses(self, examples: Batch) -> Tensor:
         loss_N = self._loss(self._model, examples)
+        changed = [n for n, v in self._buffer_versions().items() if v != self._versions.get(n)]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: changes when the model runs, and would carry private data "
+                "past clipping and noise; keep no statistics in training, or leave it out of the "
+                "model's state"
+            )
         if loss_N.shape != (size(examples),):
             raise ValueError(
                 f"the loss must have one value per example, shape ({size(examples)},), "
                 f"got {tuple(loss_N.shape)}"
             )
         return loss_N
+
+    def _buffer_versions(self) -> dict[str, tuple[int, int]]:
+        """Which tensors the buffers of the model's state are, and how often they were written to."""
+        return {
+            f"{prefix}.{name}".lstrip("."): (id(buffer), buffer._version)
+            for prefix, module in self._model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
 
     def _alone(self, example: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Loss and gradients of a batch of one, by plain autograd."""

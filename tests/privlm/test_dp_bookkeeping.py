@@ -342,6 +342,24 @@ class TestRefusals:
         with pytest.raises(ValueError, match="b is a BatchNorm1d, whose statistics mix"):
             summed(model, squared, torch.randn(EXAMPLES, 5).double())
 
+    @pytest.mark.parametrize("in_place", [True, False])
+    def test_statistics_kept_in_the_model(self, in_place):
+        """They would be released with the weights, neither clipped nor noised."""
+
+        def watch(m, x):
+            if in_place:
+                m.seen.add_(x.detach().mean())
+            else:
+                m.seen = m.seen + x.detach().mean()
+            return m.a(x)
+
+        model = Net(watch, a=nn.Linear(5, 3))
+        model.register_buffer("seen", torch.zeros(()).double())
+        with pytest.raises(ValueError, match="seen: changes when the model runs"):
+            summed(model, squared, torch.randn(EXAMPLES, 5).double())
+        model.register_buffer("seen", torch.zeros(()).double(), persistent=False)
+        summed(model, squared, torch.randn(EXAMPLES, 5).double())
+
     def test_examples_mixed_by_a_mean(self):
         model = Net(lambda m, x: m.a(x - x.mean(0)), a=nn.Linear(5, 3))
         with pytest.raises(ValueError, match="mixes examples"):
