@@ -9,9 +9,11 @@ from attacks.gradient import span
 from attacks.membership import MEMBERSHIP
 from attacks.protocol import matching
 from attacks.threat import Attack
+from attacks.white_box import white_box
 
 _EVERY: tuple[Attack[Any], ...] = (
     *MEMBERSHIP,
+    white_box,
     span,
     matching,
     nearest_neighbour,

@@ -273,7 +273,7 @@ def _audit(
     with scene.watch(f"attacks on {protection.name}", steps) as after_attack:
         measured = measure(target, attacks, config.measurement, rng, after_attack)
     for finding in measured.findings:
-        if protection.moment is not Moment.TRAINING:
+        if protection.moment is not Moment.TRAINING or finding.population == "gradients":
             what = _COUNTED.get(finding.population, finding.population)
             counts[what] = max(finding.n, counts.get(what, 0))
     return ProtectionResult(
@@ -290,6 +290,7 @@ def _audit(
 
 
 _COUNTED = {
+    "gradients": "gradient canaries",
     "texts": "tokens of client texts",
     "uploads": "uploads in the matching game",
     "prompts": "tokens of prompts",
@@ -346,7 +347,9 @@ def _controlled(
 ) -> Finding:
     if finding.status is not Status.WITHIN_CLAIM or epsilon is None:
         return finding
-    shown = unprotected.get((finding.attack, finding.population, finding.metric))
+    shown = finding.broken_bound
+    if shown is None:
+        shown = unprotected.get((finding.attack, finding.population, finding.metric))
     if shown is None:
         reason = (
             "nothing unprotected shows what this attack can do at this δ; add the baseline of this "

@@ -28,7 +28,16 @@ Logits = Callable[[Tensor], Tensor]
 """ids (B, T) -> logits (B, T, V); position t predicts token t + 1."""
 
 Population = Literal[
-    "text", "canaries", "secrets", "texts", "uploads", "prompts", "requests", "canary rows"
+    "text",
+    "canaries",
+    "secrets",
+    "gradients",
+    "engine",
+    "texts",
+    "uploads",
+    "prompts",
+    "requests",
+    "canary rows",
 ]
 
 
@@ -52,6 +61,8 @@ class Claim:
         delta: the δ of that promise.
         nothing_leaks: the adversary is promised to learn nothing beyond what ``guarantee`` names.
         short: the guarantee in a few words, for a narrow column.
+        trade_off: (false positive rate, highest true positive rate) of any test for one record,
+            where that is known more exactly than from ε and δ.
     """
 
     adversary: str
@@ -61,6 +72,7 @@ class Claim:
     delta: float | None = None
     nothing_leaks: bool = False
     short: str = ""
+    trade_off: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
     def promises(self) -> bool:
@@ -417,6 +429,8 @@ class Finding:
         ceiling: the largest bound that a perfect attack could have shown here.
         chance: what guessing alone reaches in ``estimate``, where that is known.
         further: other estimates of the same attack, by metric.
+        broken_bound: the bound on ε that the same attack shows where the protection is broken on
+            purpose; None where that was not tried.
     """
 
     attack: str
@@ -431,6 +445,7 @@ class Finding:
     ceiling: float | None = None
     chance: float | None = None
     further: dict[str, Estimate] = field(default_factory=dict)
+    broken_bound: float | None = None
 
 
 @dataclass(frozen=True)

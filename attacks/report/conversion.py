@@ -78,6 +78,7 @@ def _claim(claim: Claim) -> ClaimRecord:
         epsilon=_finite(claim.epsilon),
         delta=_finite(claim.delta),
         nothing_leaks=claim.nothing_leaks,
+        trade_off=tuple((_curve_point(fpr), _curve_point(tpr)) for fpr, tpr in claim.trade_off),
     )
 
 
@@ -139,7 +140,7 @@ def _estimate(estimate: Estimate) -> EstimateRecord:
 def _curve(curve: Curve) -> CurveRecord:
     band = curve.band
     fpr, tpr, low, high = (
-        tuple(float(f"{x:.{CURVE_DIGITS}g}") for x in column)
+        tuple(_curve_point(x) for x in column)
         for column in (band.fpr, band.tpr, band.low, band.high)
     )
     return CurveRecord(
@@ -153,6 +154,10 @@ def _curve(curve: Curve) -> CurveRecord:
         low=low,
         high=high,
     )
+
+
+def _curve_point(rate: float) -> float:
+    return float(f"{rate:.{CURVE_DIGITS}g}")
 
 
 def _finite(value: float | None) -> float | None:

@@ -205,7 +205,11 @@ def _ceiling(protection: ProtectionRecord, axes: LogAxes, smallest: float) -> st
     if claim.epsilon is None:
         return ""
     fpr_G = np.geomspace(smallest, 1.0, 60)
-    tpr_G = epsilon_delta_roc_ceiling(claim.epsilon, claim.delta or 0.0, fpr_G)
+    if claim.trade_off:
+        known_fpr, known_tpr = zip(*claim.trade_off, strict=True)
+        tpr_G = np.interp(fpr_G, known_fpr, known_tpr)
+    else:
+        tpr_G = epsilon_delta_roc_ceiling(claim.epsilon, claim.delta or 0.0, fpr_G)
     return axes.path(list(zip(fpr_G.tolist(), tpr_G.tolist(), strict=True)))
 
 

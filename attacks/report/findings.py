@@ -78,6 +78,11 @@ class FindingRecord(_Struct, frozen=True, kw_only=True):
         return self.metric.startswith("lower bound on ε")
 
     @property
+    def holds_laws(self) -> bool:
+        """Whether an engine was held against the laws that its claim assumes."""
+        return self.population == "engine"
+
+    @property
     def auc(self) -> EstimateRecord | None:
         """The area under the ROC curve, where the attack has one."""
         return self.further.get("AUC")
@@ -121,6 +126,7 @@ class ClaimRecord(_Struct, frozen=True, kw_only=True):
     epsilon: float | None
     delta: float | None
     nothing_leaks: bool
+    trade_off: tuple[tuple[float, float], ...] = ()
 
     @property
     def promises(self) -> bool:
@@ -170,6 +176,11 @@ class ProtectionRecord(_Struct, frozen=True, kw_only=True):
             if (finding.bounds_epsilon if population is None else finding.population == population)
         ]
         return max(found, key=_strength, default=None)
+
+    @property
+    def engine(self) -> FindingRecord | None:
+        """The finding on noise and batches, if the engine was watched."""
+        return next((f for f in self.findings if f.holds_laws), None)
 
     @property
     def secrets(self) -> FindingRecord | None:

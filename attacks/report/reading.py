@@ -56,6 +56,20 @@ def _membership(findings: Findings) -> Iterator[Entry]:
             "on text with the largest bound. Each interval holds by itself with probability "
             f"{100 * findings.confidence:.3g}%.",
         )
+    if "gradients" in _populations(findings):
+        yield (
+            "white-box, gradients",
+            "the adversary sees every noised gradient on the way and knows every record but the "
+            "canary in question: the strongest that the claim speaks of.",
+        )
+    if "engine" in _populations(findings):
+        yield (
+            "what the engine did",
+            "variance of its noise and of its batches over what is claimed (1.00); the first "
+            "figure is that of the parameter tensor with the least noise. All intervals of one "
+            f"row hold together with probability {secrecy.CONFIDENCE}; less noise or other batches "
+            "than claimed is a leak.",
+        )
     ranked = next((p.secrets.metric for p in findings.protections if p.secrets), None)
     if ranked is not None:
         yield "secrets", f"{ranked}; a secret never seen ranks first once in so many."

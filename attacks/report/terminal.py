@@ -62,6 +62,9 @@ def print_findings(findings: Findings, console: Console) -> None:
         if any(protection.secrets for protection in protections):
             _heading(console, say, "Planted secrets")
             _print(console, "", _secret_table(protections, say, width=width))
+        if any(protection.engine for protection in protections):
+            _heading(console, say, "What the engine did, over what is claimed of it")
+            _print(console, "", _engine_table(protections, say, width=width))
     _heading(console, say, "How to read this")
     _print(console, *_definitions(reading(findings), say))
     _heading(console, say, "What is claimed")
@@ -212,7 +215,7 @@ def _membership_table(
         table.add_section()
         table.add_row(Text(say(protection.name), style="bold"))
         for finding in protection.findings:
-            if finding.population != "secrets":
+            if finding.population not in ("secrets", "engine"):
                 table.add_row(*_attack_row(finding, protection, say, wide=wide))
     return table
 
@@ -294,6 +297,24 @@ def _secret_table(protections: Protections, say: Say, *, width: int) -> Table:
             Text(say(figures.estimate(finding.exposure, 1))),
             *(Text(figures.number(None if c is None else c.value, 1)) for c in (absent, public)),
         )
+    return table
+
+
+def _engine_table(protections: Protections, say: Say, *, width: int) -> Table:
+    table, no_wrap = _table(), width >= NARROW
+    table.add_column("protection", overflow="fold")
+    table.add_column("of 1", justify="right", overflow="fold", no_wrap=no_wrap)
+    for protection in protections:
+        finding = protection.engine
+        if finding is None:
+            continue
+        said = wording.verdict(finding.status, protection.claim)
+        first = Text(say(f"{said.sign} "), style=_COLOURS[finding.status])
+        first.append(say(protection.name), style="default not bold")
+        table.add_section()
+        table.add_row(first, Text(say(said.word), style=_COLOURS[finding.status]))
+        for name, figure in wording.laws(finding):
+            _add_row(table, say, textwrap.indent(textwrap.fill(name, 44), "    "), figure)
     return table
 
 

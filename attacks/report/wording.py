@@ -28,6 +28,8 @@ _TITLES: dict[Population, str] = {
     "text": "Text records",
     "canaries": "Canaries",
     "secrets": "Secrets",
+    "gradients": "Gradient canaries",
+    "engine": "The engine",
     "texts": "Texts of clients",
     "uploads": "Uploads matched",
     "prompts": "Prompts",
@@ -154,6 +156,12 @@ def yardsticks(finding: FindingRecord) -> list[tuple[str, str]]:
         p = "" if control.p_value is None else f", p = {figures.number(control.p_value, 3)}"
         said.append((control.name, (value if exact else f"{value} {ends}") + p))
     return said
+
+
+def laws(finding: FindingRecord) -> list[tuple[str, str]]:
+    """What an engine did over what is claimed of it: (what, figure)."""
+    every = {finding.metric: finding.estimate, **finding.further}
+    return [(name, figures.estimate(estimate)) for name, estimate in every.items()]
 
 
 def short_unit(unit: str) -> str:

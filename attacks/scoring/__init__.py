@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from attacks.scoring.choices import choice_finding
-from attacks.scoring.coins import coin_finding, scores_of
+from attacks.scoring.coins import coin_findings
+from attacks.scoring.engine import engine_finding
 from attacks.scoring.measurement import Curve, Measured, Measurement
 from attacks.scoring.membership import measure_membership, statements
 from attacks.scoring.texts import SUCCESSES, text_finding
@@ -34,6 +35,9 @@ def measure(
     What is held against the claim holds together: bounds on ε with
     ``measurement.confidence``, intervals behind "nothing leaks" with
     :data:`attacks.scoring.secrecy.CONFIDENCE`.
+
+    What an engine did where it was watched is held against the claim's assumptions besides; see
+    :mod:`attacks.scoring.engine`.
 
     Args:
         target: a protected system that ran.
@@ -85,11 +89,15 @@ def measure(
                         "coins bound ε; that nothing leaks is tried by choices or by texts"
                     )
                 for attack in chosen:
-                    findings.append(
-                        _coins(attack, task, truth, target, measurement, confidence, rng)
+                    found, roc = coin_findings(
+                        attack, task, truth, target.claim, measurement, confidence, rng
                     )
+                    findings.append(found)
+                    curves += roc
                     done += 1
                     after_attack(done)
+    if target.trace is not None:
+        findings.append(engine_finding(target.trace))
     return Measured(tuple(findings), tuple(curves), tuple(scores))
 
 
@@ -122,28 +130,3 @@ def _judged(truth: object, attacks: int, claim: Claim) -> int:
             return len(SUCCESSES) * attacks if claim.nothing_leaks else 0
         case _:
             return attacks if claim.nothing_leaks else 0
-
-
-def _coins(
-    attack: Attack[Any],
-    task: Task,
-    truth: Coins,
-    target: Target,
-    measurement: Measurement,
-    confidence: float,
-    rng: np.random.Generator,
-) -> Finding:
-    values_N = scores_of(attack, task.view).values.double().numpy()
-    delta = measurement.delta if target.claim.delta is None else target.claim.delta
-    return coin_finding(
-        attack.name,
-        task.population,
-        values_N,
-        truth.coin_N,
-        target.claim,
-        measurement,
-        delta,
-        confidence,
-        (),
-        rng,
-    )

@@ -5,12 +5,14 @@ Shape suffixes: N units with a coin each.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from attacks.scoring.measurement import Measurement
+from attacks.scoring.measurement import Curve, Measurement
 from attacks.statistics import (
     DEFAULT_GUESS_FRACTIONS,
     Auc,
@@ -22,9 +24,11 @@ from attacks.statistics import (
     canaries_needed,
     one_run_audit,
     permutation_control,
+    pointwise_band,
     simultaneous_confidence,
     tpr_at_fpr,
 )
+from attacks.targets import Coins, Task
 from attacks.threat import (
     Attack,
     Claim,
@@ -53,6 +57,49 @@ def scores_of(attack: Attack[Seen], view: Seen) -> Scores:
     if not isinstance(scores, Scores):
         raise TypeError(f"attack {attack.name!r} on {type(view).__name__} must return Scores")
     return scores
+
+
+def coin_findings(
+    attack: Attack[Any],
+    task: Task,
+    truth: Coins,
+    claim: Claim,
+    measurement: Measurement,
+    confidence: float,
+    rng: np.random.Generator,
+) -> tuple[Finding, list[Curve]]:
+    """What one attack makes of a task whose truth is coins, and its ROC where records are drawn.
+
+    Where the task has weakened twins, the same attack on them is the positive control: the finding
+    says the least that it shows there.
+    """
+    delta = measurement.delta if claim.delta is None else claim.delta
+    values_N = scores_of(attack, task.view).values.double().numpy()
+    controls, shown = [], []
+    for weak in task.weakened:
+        assert isinstance(weak.truth, Coins)
+        broken_N = scores_of(attack, weak.view).values.double().numpy()
+        bound = one_run_audit(broken_N, weak.truth.coin_N, delta=delta, confidence=confidence)
+        shown.append(bound.epsilon)
+        name = f"the same attack where {weak.broken}, ε"
+        controls.append(Control(name, bound.epsilon, bound.epsilon, math.inf))
+    finding = coin_finding(
+        attack.name,
+        task.population,
+        values_N,
+        truth.coin_N,
+        claim,
+        measurement,
+        delta,
+        confidence,
+        tuple(controls),
+        rng,
+    )
+    curves = []
+    if task.population == "gradients":
+        band = pointwise_band(values_N, truth.coin_N, confidence=measurement.confidence)
+        curves.append(Curve(attack.name, task.population, band))
+    return dataclasses.replace(finding, broken_bound=min(shown, default=None)), curves
 
 
 def coin_finding(

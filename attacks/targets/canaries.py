@@ -29,7 +29,8 @@ class CanaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ``new_token`` canaries are documents of one token that nothing else uses: the
     strongest signal for the bound on ε that a document can carry. ``secrets`` are
     ``secret_digits`` random digits after ``prompt_tokens`` of public text; the
-    attack picks one of ``candidates``.
+    attack picks one of ``candidates``. ``gradients`` are records of DP-SGD that are a
+    gradient each (:mod:`privlm.dp.canaries`); as many coordinates besides are watched.
     """
 
     new_token: Annotated[int, msgspec.Meta(ge=100)] = 1000
@@ -37,6 +38,7 @@ class CanaryConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     secret_digits: AtLeastOne = 6
     prompt_tokens: AtLeastOne = 12
     candidates: Annotated[int, msgspec.Meta(ge=2)] = 256
+    gradients: Annotated[int, msgspec.Meta(ge=100, le=10**6)] = 2400
 
 
 def token_canaries(corpus: Corpus) -> list[Canary]:

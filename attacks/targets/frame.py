@@ -95,14 +95,39 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False)
+class EngineTrace:
+    """What a training engine did where an audit watched it; no adversary sees so much.
+
+    Attributes:
+        noise_SW: what was added to the clipped sum at W watched coordinates in each of S steps.
+        tensor_W: which parameter tensor each belongs to.
+        tensors: the names of all trained tensors.
+        noise_std: of the noise that is claimed.
+        joins_SJ: which of J planted records each batch held.
+        sampling_probability: with which each joins each batch, as is claimed.
+    """
+
+    noise_SW: npt.NDArray[np.float64] = field(repr=False)
+    tensor_W: npt.NDArray[np.int64] = field(repr=False)
+    tensors: tuple[str, ...] = field(repr=False)
+    noise_std: float
+    joins_SJ: npt.NDArray[np.bool_] = field(repr=False)
+    sampling_probability: float
+
+
+@dataclass(frozen=True, eq=False)
 class Target:
-    """A protected system that ran."""
+    """A protected system that ran.
+
+    ``trace`` is what its engine did, where one was watched.
+    """
 
     claim: Claim
     tasks: tuple[Task, ...] = field(repr=False)
     utility: Utility
     cost: Cost
     details: Details
+    trace: EngineTrace | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

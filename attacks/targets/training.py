@@ -18,6 +18,7 @@ import torch
 from attacks.statistics import ratio_estimate
 from attacks.targets.canaries import CanaryConfig, draw_secrets, hide, token_canaries
 from attacks.targets.frame import Details, Draft, Scene, Target, Task, Truth
+from attacks.targets.white_box import Planted, check_room, plant_gradients, trade_off_of
 from attacks.threat import (
     Claim,
     Cost,
@@ -28,13 +29,20 @@ from attacks.threat import (
     Utility,
     promised,
 )
+from attacks.white_box import SeenGradients
 from privlm.config import AtLeastOne, CorpusConfig, PrivacyConfig
 from privlm.data import DataError, TokenBlocks, concatenate, draw_membership, fingerprint, plant
 from privlm.dp.ledger import Ledger
 from privlm.dp.plan import Plan
-from privlm.dp.training import OptimizerConfig, examples_of
+from privlm.dp.training import (
+    OptimizerConfig,
+    causal_lm_loss,
+    examples_of,
+    fit,
+    private_gradients,
+)
 from privlm.evaluation import document_bits
-from privlm.finetuning import Corpus, clone, make_plan, train_plainly, train_privately
+from privlm.finetuning import Corpus, clone, make_plan, new_model, train_plainly
 from privlm.models import TinyDecoder
 from protocols.randomness import Stream
 
@@ -151,10 +159,10 @@ class NoProtection(
 
 
 class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="dp-sgd"):
-    """DP-SGD under a budget, exactly as ``privlm train`` runs it."""
+    """DP-SGD under a budget, as ``privlm train`` runs it, with gradient canaries in its data."""
 
     moment: ClassVar[Moment] = Moment.TRAINING
-    shows: ClassVar[tuple[type, ...]] = (ReleasedModel,)
+    shows: ClassVar[tuple[type, ...]] = (ReleasedModel, SeenGradients)
 
     name: str
     privacy: PrivacyConfig
@@ -164,7 +172,9 @@ class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", learning_rate=0.5)
 
     def check(self, draft: Draft) -> None:
-        """Refuse a batch larger than the data, or a budget that no noise reaches."""
+        """Refuse too many canaries, a batch larger than the data, a budget out of reach."""
+        model = new_model(draft.corpus, draft.setup.model, seed=0)
+        check_room(model, draft.setup.training.canaries.gradients)
         with draft.watch(f"planning {self.name}", 1):
             _plan(self, draft.population)
 
@@ -175,27 +185,39 @@ class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         plan = _plan(self, experiment.population)
         guarantee = plan.guarantee()
         dataset = fingerprint(experiment.candidates)
+        planted = plant_gradients(
+            model,
+            scene.setup.training.canaries.gradients,
+            plan,
+            seed=scene.seed,
+            stream=scene.stream.child(f"{self.name}: gradient canaries"),
+        )
         started = time.perf_counter()
         with (
             scene.watch(self.name, plan.steps) as after_step,
             Ledger(scene.ledger_dir / f"{dataset[:16]}.jsonl", dataset=dataset) as ledger,
-        ):
-            train_privately(
+            private_gradients(
                 model,
+                causal_lm_loss,
                 examples_of(experiment.members),
                 plan,
-                self.optimizer.build(list(model.parameters())),
                 ledger,
                 run=f"{self.name}, {Stream.fresh('run id').bytes(8).hex()}",
                 stream=Stream.fresh("audited training"),
                 microbatch_size=self.microbatch_size,
-                after_step=after_step,
-            )
+                canaries=planted.canaries,
+            ) as gradients,
+        ):
+            optimizer = self.optimizer.build(list(model.parameters()))
+            fit(model, gradients, optimizer, range(plan.steps), after_step)
         seconds = time.perf_counter() - started
         corpus = scene.setup.corpus
         unit = "document" if corpus.unit == "document" else f"block of {corpus.context} tokens"
         claim = Claim(
-            adversary=f"{ADVERSARY} and knows every record but one",
+            adversary=(
+                f"{ADVERSARY}, or sees every noised gradient on the way, and knows every record "
+                "but one"
+            ),
             assumption=(
                 "Poisson-sampled batches; sampling and noise stay secret; hyper-parameters were "
                 "chosen without the private data"
@@ -206,16 +228,17 @@ class DpSgd(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             ),
             epsilon=guarantee.epsilon,
             delta=guarantee.delta,
+            trade_off=trade_off_of(plan),
         )
         details: Details = {
             "steps": plan.steps,
             "noise_multiplier": plan.noise_multiplier,
-            "sampling_probability": plan.sampler.sampling_probability,
+            "sampling_probability": planted.sampling_probability,
             "expected_batch_size": plan.expected_batch_size,
             "max_grad_norm": plan.max_grad_norm,
             "accountant": guarantee.accountant,
         }
-        return _released(scene, experiment, model, claim, seconds, details)
+        return _released(scene, experiment, model, claim, seconds, details, planted)
 
 
 @functools.cache
@@ -240,13 +263,15 @@ def _released(
     claim: Claim,
     seconds: float,
     details: Details,
+    planted: Planted | None = None,
 ) -> Target:
     assert experiment.reference is not None
     released = dataclasses.replace(experiment.reference, logits=model.eval())
     bits = document_bits(model, scene.corpus.blocks.test, scene.corpus.tokenizer)
+    membership = Task("text", ReleasedModel(released, experiment.reference), experiment.truth)
     return Target(
         claim=claim,
-        tasks=(Task("text", ReleasedModel(released, experiment.reference), experiment.truth),),
+        tasks=(membership,) if planted is None else (membership, planted.task()),
         utility=Utility(
             ratio_estimate(bits.bits_D, bits.bytes_D),
             "bits per byte",
@@ -254,4 +279,5 @@ def _released(
         ),
         cost=Cost(seconds, None, "run"),
         details=details,
+        trace=None if planted is None else planted.trace(),
     )

@@ -316,7 +316,7 @@ class PerExampleClipping:
         return loss_N
 
     def _buffer_versions(self) -> dict[str, tuple[int, int]]:
-        """Which tensors the buffers of the model's state are, and how often they were written to."""
+        """Which tensors the buffers of the model's state are, and how often each was written."""
         return {
             f"{prefix}.{name}".lstrip("."): (id(buffer), buffer._version)
             for prefix, module in self._model.named_modules()

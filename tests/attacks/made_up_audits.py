@@ -73,6 +73,55 @@ def secrets_finding(share, status, reason):
     )
 
 
+def gradients_finding(bound, status, reason):
+    return replace(
+        membership("white-box", "gradients", bound, 0.6, status, reason, tpr=0.05),
+        controls=(Control("the same attack where the noise is left out, ε", 4.85, 4.85, math.inf),),
+        broken_bound=4.85,
+    )
+
+
+def engine_finding(ratio, status, reason):
+    return Finding(
+        attack="laws of noise and batches",
+        population="engine",
+        metric="variance of the noise over the claimed",
+        estimate=estimate(ratio, 0.9 * ratio, 1.1 * ratio, 0.99996, 9017),
+        n=189_600,
+        controls=(),
+        status=status,
+        reason=reason,
+        further={"joins of canaries": estimate(1.01, 0.98, 1.04, 0.99996)},
+    )
+
+
+def watched(result):
+    """The same, with the engines of what claims ε watched; the last lacks noise in a tensor."""
+
+    def with_engine(row, ratio, status):
+        found = (
+            gradients_finding(row.claim.epsilon / 4, Status.WITHIN_CLAIM, "it stays"),
+            engine_finding(ratio, status, "noise in embed.weight" if ratio < 1 else "as claimed"),
+        )
+        curve_points = ((1e-5, 2e-5), (0.01, 0.0234), (1.0, 1.0))
+        return replace(
+            row,
+            claim=replace(row.claim, trade_off=curve_points),
+            findings=(*row.findings, *found),
+            curves=(*row.curves, curve("white-box", "gradients", 0.8)),
+        )
+
+    plain, eight, one = result.results
+    return replace(
+        result,
+        results=(
+            plain,
+            with_engine(eight, 1.0, Status.NOT_APPLICABLE),
+            with_engine(one, 0.123, Status.LEAK),
+        ),
+    )
+
+
 def curve(attack, population, power):
     fpr = np.geomspace(0.01, 0.99, 100)
     tpr = fpr**power

@@ -16,6 +16,7 @@ from attacks.scoring import Measurement, measure
 from attacks.suite import SuiteConfig, load_suite, run_suite, with_positive_control
 from attacks.targets import CanaryConfig, DpSgd, NoProtection, Setup, TrainingSetup, prepare
 from attacks.threat import Status
+from attacks.white_box import white_box
 from privlm.config import (
     ConfigError,
     CorpusConfig,
@@ -37,7 +38,12 @@ SMALL = Setup(
     public=PublicTraining(epochs=1),
     training=TrainingSetup(
         canaries=CanaryConfig(
-            new_token=400, secrets=20, secret_digits=4, prompt_tokens=8, candidates=64
+            new_token=400,
+            secrets=20,
+            secret_digits=4,
+            prompt_tokens=8,
+            candidates=64,
+            gradients=1000,
         ),
         max_records=300,
     ),
@@ -85,11 +91,16 @@ def fixed_streams(monkeypatch):
 
 def audited(scene, protection, folder):
     target = protection.run(dataclasses.replace(scene, ledger_dir=folder))
-    return measure(target, MEMBERSHIP, Measurement(), np.random.default_rng(0)).findings
+    attacks = (*MEMBERSHIP, white_box)
+    return measure(target, attacks, Measurement(), np.random.default_rng(0)).findings
 
 
 def statuses(findings):
-    return {finding.status for finding in findings if finding.population != "secrets"}
+    return {f.status for f in findings if f.population not in ("secrets", "engine")}
+
+
+def engine_of(findings):
+    return next(f for f in findings if f.population == "engine")
 
 
 def with_noise_scaled(monkeypatch, factor):
@@ -107,7 +118,10 @@ def test_unprotected_training_is_a_leak(scene, tmp_path):
 
 
 def test_dp_sgd_stays_within_its_claim_and_on_the_ledger(scene, tmp_path, fixed_streams):
-    assert statuses(audited(scene, ONE, tmp_path)) == {Status.WITHIN_CLAIM}
+    findings = audited(scene, ONE, tmp_path)
+    assert statuses(findings) == {Status.WITHIN_CLAIM}
+    assert engine_of(findings).status is Status.NOT_APPLICABLE
+    assert {f.attack for f in findings if f.population == "gradients"} == {"white-box"}
     (file,) = tmp_path.iterdir()
     dataset = json.loads(file.read_text().splitlines()[0])["entry"]["dataset"]
     with Ledger(file, dataset=dataset) as ledger:
@@ -119,6 +133,7 @@ def test_an_engine_without_noise_exceeds_its_claim(scene, tmp_path, fixed_stream
     findings = audited(scene, ONE, tmp_path)
     assert Status.LEAK in statuses(findings)
     assert max(f.lower_bound for f in findings if f.population == "canaries") > 2.0
+    assert engine_of(findings).status is Status.LEAK
 
 
 def test_members_are_those_whose_coin_said_so(experiment):
@@ -155,6 +170,12 @@ def test_canary_tokens_start_alike(scene):
     reserved = scene.corpus.tokenizer.reserved_ids
     rows = scene.base.head.weight[reserved.start : reserved.stop]
     assert torch.equal(rows, rows[:1].expand_as(rows))
+
+
+def test_gradient_canaries_that_do_not_fit_are_refused():
+    setup = with_canaries(new_token=100, secrets=0, gradients=10**5)
+    with pytest.raises(ValueError, match=r"ε = 1: training\.canaries\.gradients: .* plant fewer"):
+        scene_of(setup, ONE)
 
 
 def with_canaries(**canaries):
@@ -250,7 +271,10 @@ def test_within_a_claim_needs_an_attack_that_works_where_nothing_protects(experi
     raw = dataclasses.replace(
         private,
         findings=tuple(
-            dataclasses.replace(f, status=Status.WITHIN_CLAIM) for f in private.findings
+            dataclasses.replace(f, status=Status.WITHIN_CLAIM)
+            for f in private.findings
+            # White-box has a positive control of its own, and the engine's laws want none.
+            if f.population not in ("gradients", "engine")
         ),
     )
     for others, reason in (
@@ -274,8 +298,10 @@ def test_noise_divided_by_the_root_of_the_batch_exceeds_its_claim(
     scene = scene_of(suite.setup)
     with_noise_scaled(monkeypatch, protection.batch_size**-0.5)
     findings = audited(scene, protection, tmp_path)
-    assert max(f.lower_bound for f in findings if f.population == "canaries") > 1.0
+    for population in ("canaries", "gradients"):
+        assert max(f.lower_bound for f in findings if f.population == population) > 1.0
     assert Status.LEAK in statuses(findings)
+    assert engine_of(findings).status is Status.LEAK
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from made_up_audits import (
     printed,
     renamed,
     three_moments,
+    watched,
     without_training,
 )
 
@@ -28,7 +29,11 @@ def result():
     return made_up_result()
 
 
-@pytest.fixture(params=[made_up_result, three_moments, without_training])
+def made_up_watched():
+    return watched(made_up_result())
+
+
+@pytest.fixture(params=[made_up_result, made_up_watched, three_moments, without_training])
 def any_result(request):
     return request.param()
 
@@ -143,6 +148,28 @@ def test_page_says_what_was_measured(result):
     ]
     assert len(ceilings) == 4
     assert all("nan" not in a["d"] and "inf" not in a["d"] for a in curves + ceilings)
+
+
+def test_a_known_trade_off_curve_is_drawn_in_place_of_the_claim(result):
+    """At a false positive rate of 1% the made-up curve allows 2.34%; (1, 1e-5) allows 2.72%."""
+
+    def ceiling(made):
+        drawn = [
+            a["d"] for t, a in page(made).tags if t == "path" and a.get("class") == "ceiling s2"
+        ]
+        return drawn[0]
+
+    exact, loose = ceiling(made_up_watched()), ceiling(result)
+    first = [float(path.split("L")[0].split()[1]) for path in (exact, loose)]
+    assert first[0] > first[1]  # lower on the page
+    assert "its exact trade-off curve" in page(made_up_watched()).text
+
+
+def test_a_watched_engine_stands_on_the_page(result):
+    said = page(made_up_watched()).text
+    for piece in ("What the engine did", "Gradient canaries.", "0.12 [0.11, 0.14]", "embed.weight"):
+        assert piece in said, piece
+        assert piece not in page(result).text, piece
 
 
 def test_a_suite_without_secrets_is_drawn(result):

@@ -12,6 +12,7 @@ from made_up_audits import (
     printed,
     renamed,
     three_moments,
+    watched,
     without_training,
 )
 from rich.cells import cell_len
@@ -33,7 +34,11 @@ def result():
     return made_up_result()
 
 
-@pytest.fixture(params=[made_up_result, three_moments, without_training])
+def made_up_watched():
+    return watched(made_up_result())
+
+
+@pytest.fixture(params=[made_up_result, made_up_watched, three_moments, without_training])
 def any_result(request):
     return request.param()
 
@@ -130,6 +135,22 @@ def test_terminal_crops_nothing(result, width):
         "was claimed",
     ):
         assert piece in rows, piece
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_a_watched_engine_is_held_against_its_claim(width):
+    text = printed(made_up_watched(), width)
+    assert all(cell_len(line) <= width for line in text.splitlines())
+    table, rest = text.split("Every attack, with its controls")
+    assert "ε ≥ 2.00" in table
+    assert "white-box, gradients" in table
+    engine = rest.split("What the engine did, over what is claimed of it")[1]
+    one, end = engine.index("✗ DP-SGD at ε = 1"), engine.index("How to read this")
+    assert "– DP-SGD at ε = 8" in engine[:one]
+    assert "1.00 [0.90, 1.10]" in engine[:one]
+    assert "0.12 [0.11, 0.14]" in engine[one:end]
+    assert "1.01 [0.98, 1.04]" in engine[one:end]
+    assert "laws of noise" not in rest.split("What the engine did")[0]
 
 
 def test_verdict_stands_in_its_row_at_80_columns(result):
@@ -289,6 +310,14 @@ def test_terms_are_explained_only_where_they_stand(result):
     assert shares <= terms(without_training())
     assert {"TPR at 1% FPR, AUC", "secrets"} <= terms(result)
     assert not {"TPR at 1% FPR, AUC", "secrets"} & terms(without_training())
+
+
+def test_a_watched_engine_is_explained():
+    terms = {term for term, _ in reading(findings_of(made_up_watched()))}
+    assert {"white-box, gradients", "what the engine did"} <= terms
+    assert not {"white-box, gradients", "what the engine did"} & {
+        term for term, _ in reading(findings_of(made_up_result()))
+    }
 
 
 def test_a_control_without_width_is_said_to_be_one_number():
