@@ -272,7 +272,7 @@ def _worth_multiplying_out(entry: Outer) -> bool:
     moved = 2 * bytes_each * FLOPS_PER_BYTE
     if entry.left_NRI.device.type == "cpu" and bytes_each * len(entry.left_NRI) > FRESH_BYTES:
         moved += bytes_each * FLOPS_PER_FRESH_BYTE
-    return moved < 2 * R**2 * (I + O) and I * O <= 2 * R * (I + O)
+    return moved < 2 * R**2 * (I + O) and I * O <= 1 * R * (I + O)
 
 
 def _multiplied(entry: Outer) -> Tensor:
