@@ -18,7 +18,12 @@ from privlm.dp.calibration import LEAST_NOISE, calibrate_noise_multiplier, most_
 from privlm.dp.clipping import AdaptiveClipping, Clipping, FlatClipping
 from privlm.dp.factorization import Correlation
 from privlm.dp.noise import GaussianMechanism
-from privlm.dp.sampling import FixedSizeSampler, Sampler
+from privlm.dp.sampling import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    FixedSizeSampler,
+    Sampler,
+)
 from privlm.dp.spending import Spending, UnearnedAmplification, Unit
 from privlm.dp.users import ExampleLevelSampling, Users
 
@@ -179,6 +184,16 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         if isinstance(self.clipping, AdaptiveClipping):
             return GaussianMechanism(self.clipping.gradient_noise_multiplier(self.noise_multiplier))
         return GaussianMechanism(self.noise_multiplier)
+
+    @property
+    def needs_one_stream(self) -> bool:
+        """Whether all steps must come from one secret stream, a resumed run's too.
+
+        Correlated noise continues the noise before it, and fixed assignments of examples to steps
+        are drawn once; drawn anew, the accounting of one run would no longer cover both parts.
+        """
+        fixed = isinstance(self.sampler, CyclicPoissonSampler | BallsInBinsSampler)
+        return self.correlation is not None or fixed
 
     def event(self, steps: int | None = None) -> DpEvent:
         """What the first ``steps`` steps, by default all, release together."""

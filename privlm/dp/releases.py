@@ -81,6 +81,12 @@ class Releases:
         paid = ledger.steps(run)
         if start is not None and not 0 <= start <= paid:
             raise ValueError(f"step {start} cannot be the next: the ledger counts {paid}")
+        if start is None and paid and plan.needs_one_stream:
+            raise ValueError(
+                f"{paid} steps of run {run!r} are on the ledger, and its noise or its assignment "
+                "of examples must go on from the same secret stream: give that stream, and the "
+                "step to start from"
+            )
         if canaries is not None and isinstance(plan.clipping, AdaptiveClipping):
             raise ValueError("gradient canaries need one clipping bound; use flat clipping")
         if shard is not None:

@@ -19,7 +19,7 @@ from privlm.dp.ledger import Budget, Ledger
 from privlm.dp.plan import Plan
 from privlm.dp.records import Records
 from privlm.dp.releases import Releases
-from privlm.dp.sampling import BallsInBinsSampler, CyclicPoissonSampler, PoissonSampler, Sampler
+from privlm.dp.sampling import PoissonSampler, Sampler
 from protocols.randomness import Stream
 
 NO_LEDGER = "insecure-no-ledger"
@@ -257,10 +257,7 @@ def open_turns(
             f"{ledger} counts steps of another plan under the name {run!r}; choose another name "
             "for another plan, or go on with the same batch size, noise and steps"
         )
-    if taken and (
-        plan.correlation is not None
-        or isinstance(plan.sampler, BallsInBinsSampler | CyclicPoissonSampler)
-    ):
+    if taken and plan.needs_one_stream:
         raise ValueError(
             f"run {run!r} has begun, and its noise or sampler needs the secret that it began with, "
             "which is gone; begin a new run. Independent noise with a Poisson sampler goes on"

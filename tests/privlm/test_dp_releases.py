@@ -84,6 +84,17 @@ class TestReleases:
                 assert torch.equal(again.release(total())[0], released[step])
         assert ledger.steps("r") == 6
 
+    @pytest.mark.parametrize("correlation", [None, Banded(3)])
+    def test_a_run_that_needs_its_stream_is_not_resumed_without_saying_so(
+        self, ledger, correlation
+    ):
+        """Drawn anew, groups and past noise would be others than those released under."""
+        cyclic = plan(sampler=CyclicPoissonSampler(0.5, 3), correlation=correlation)
+        Releases(cyclic, ledger, "r", stream()).release(total())
+        with pytest.raises(ValueError, match="the same secret stream"):
+            Releases(cyclic, ledger, "r", Stream.fresh("another"))
+        assert Releases(cyclic, ledger, "r", stream(), start=1).step == 1
+
     def test_a_start_beyond_the_ledger_is_refused(self, ledger):
         with pytest.raises(ValueError, match="the ledger counts 0"):
             Releases(plan(), ledger, "r", stream(), start=1)

@@ -263,7 +263,7 @@ def _worth_multiplying_out(entry: Outer) -> bool:
 
     A Gram matrix costs 2·R²·(I + O) operations. Multiplied out, an example takes no more
     operations than its plain gradient, but moves its I·O numbers twice more, through pages
-    that are fresh where the whole is large; and they may take at most twice the memory of
+    that are fresh where the whole is large; and they may take at most half again the memory of
     the factors.
     """
     R, I = entry.left_NRI.shape[1:]  # noqa: E741
@@ -272,7 +272,7 @@ def _worth_multiplying_out(entry: Outer) -> bool:
     moved = 2 * bytes_each * FLOPS_PER_BYTE
     if entry.left_NRI.device.type == "cpu" and bytes_each * len(entry.left_NRI) > FRESH_BYTES:
         moved += bytes_each * FLOPS_PER_FRESH_BYTE
-    return moved < 2 * R**2 * (I + O) and I * O <= 1 * R * (I + O)
+    return moved < 2 * R**2 * (I + O) and I * O <= 1.5 * R * (I + O)
 
 
 def _multiplied(entry: Outer) -> Tensor:
