@@ -222,7 +222,7 @@ class PerExampleClipping:
             chunk = part(examples, done, self._microbatch_size)
             try:
                 added = self._add_clipped(chunk, totals, bound, max(0, counted - done))
-            except torch.OutOfMemoryError:
+            except _NothingAdded:
                 self._halve()
                 continue
             done += size(chunk)
@@ -240,9 +240,13 @@ class PerExampleClipping:
         if self._one_by_one:
             return self._add_one_by_one(part(examples, 0, counted), totals, bound)
         try:
-            loss_N = self._keep_book(examples)
+            try:
+                loss_N = self._keep_book(examples)
+                with torch.no_grad(), self._full_precision():
+                    squares_PN = self._finite_squares()
+            except torch.OutOfMemoryError as error:
+                raise _NothingAdded from error
             with torch.no_grad(), self._full_precision():
-                squares_PN = self._finite_squares()
                 weight_PC, unclipped = _weights(self.clipping, squares_PN[:, :counted], bound)
                 weight_PN = torch.zeros_like(squares_PN)
                 weight_PN[:, :counted] = weight_PC
@@ -415,6 +419,13 @@ class PerExampleClipping:
                 f"an example's gradient in a batch differs from its gradient alone (at {named}): "
                 "the model or the loss mixes examples, and cannot be trained per example"
             )
+
+
+class _NothingAdded(Exception):
+    """Memory ran out before the sums were touched: fewer examples may be tried.
+
+    Later it would be too late: some parameters' sums would take the examples twice.
+    """
 
 
 def _weights(clipping: Clipping, squares_PN: Tensor, bound: float) -> tuple[Tensor, int]:

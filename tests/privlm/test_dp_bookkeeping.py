@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from privlm.dp.batches import select, size, split
+from privlm.dp.bookkeeping.book import Account, Book
 from privlm.dp.clipping import (
     AutomaticClipping,
     FlatClipping,
@@ -413,6 +414,41 @@ class TestRefusals:
         assert all(p.grad is None for p in model.parameters())
         causal_hf(model, padded()).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("seeded")
+class TestMemory:
+    """What a GPU does when its memory runs out, played on a CPU."""
+
+    def test_the_microbatch_is_halved_until_it_fits(self, monkeypatch):
+        model, batch = gpt2(), padded()
+        expected = summed(model, causal_hf, batch)
+        norms = Book.squared_norms
+
+        def run_out(book):
+            if book.examples > 2:
+                raise torch.OutOfMemoryError
+            return norms(book)
+
+        monkeypatch.setattr(Book, "squared_norms", run_out)
+        got = summed(model, causal_hf, batch, microbatch=8)
+        assert (got.examples, got.unclipped) == (expected.examples, expected.unclipped)
+        for a, b in zip(got.values, expected.values, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_half_a_sum_is_never_begun_again(self, monkeypatch):
+        """Trying again would add to the first parameters twice: twice the sensitivity."""
+        add, calls = Account.add_weighted, []
+
+        def run_out(account, *args):
+            calls.append(account)
+            if len(calls) == 5:
+                raise torch.OutOfMemoryError
+            return add(account, *args)
+
+        monkeypatch.setattr(Account, "add_weighted", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            summed(gpt2(), causal_hf, padded())
 
 
 @pytest.mark.usefixtures("seeded")
