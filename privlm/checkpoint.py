@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         steps_lost: how many of these an interruption undid, so that the model
             lies ``step - steps_lost`` optimiser steps after the base model.
         base_bits_per_byte: utility of the public base model, measured once.
+        max_grad_norm: the next step's clipping bound, where it follows a quantile.
     """
 
     run: str
     step: int
     steps_lost: int = 0
     base_bits_per_byte: float
+    max_grad_norm: float | None = None
 
 
 def save_checkpoint(
@@ -56,7 +59,7 @@ def save_checkpoint(
                 tensors[f"optimizer.{index}.{name}"] = value
             elif value is not None:
                 scalars.setdefault(int(index), {})[name] = value
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = unshared(tensors)
     metadata = {
         "format": _FORMAT,
         "checkpoint": msgspec.json.encode(checkpoint).decode(),
@@ -122,8 +125,20 @@ def save_weights(path: Path, model: nn.Module) -> None:
     Raises:
         OSError: the file could not be written; the old one stays.
     """
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, save(weights, {"format": "pt"}), mode=0o644)
+    write_atomically(path, save(unshared(model.state_dict()), {"format": "pt"}), mode=0o644)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU and contiguous; a tensor that stands under two names (a tied head) as two."""
+    seen: set[int] = set()
+    alone = {}
+    for name, value in tensors.items():
+        kept = value.detach().cpu().contiguous()
+        if kept.data_ptr() in seen:
+            kept = kept.clone()
+        seen.add(kept.data_ptr())
+        alone[name] = kept
+    return alone
 
 
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ said in one sentence; 130 interrupted.
 
 from __future__ import annotations
 
+import enum
 import errno
 import importlib.metadata
 import signal
@@ -57,14 +58,33 @@ def _root(
     pass
 
 
+class SamplerKind(enum.StrEnum):
+    """How batches are drawn; see privlm.dp.sampling."""
+
+    POISSON = "poisson"
+    TRUNCATED = "truncated-poisson"
+    FIXED = "fixed-size"
+    CYCLIC = "cyclic-poisson"
+    BINS = "balls-in-bins"
+
+
+class UserSampling(enum.StrEnum):
+    """What is sampled when a user's examples count as one; see privlm.dp.users."""
+
+    EXAMPLES = "els"
+    USERS = "uls"
+
+
 @app.command()
 def account(
-    sample_rate: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Probability that an example joins a batch (Poisson)."),
-    ],
     steps: Annotated[int, typer.Option(min=1, max=10**9, help="Number of noised steps.")],
     delta: Annotated[float, typer.Option(help="The δ of the guarantee, in (0, 1).")],
+    sample_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Probability that an example joins a batch (Poisson samplers)."
+        ),
+    ] = None,
     noise_multiplier: Annotated[
         float | None,
         typer.Option(help="Noise standard deviation over the clipping bound; or give a target."),
@@ -72,22 +92,81 @@ def account(
     target_epsilon: Annotated[
         float | None, typer.Option(help="Also find the noise multiplier that meets this ε.")
     ] = None,
+    sampler: Annotated[
+        SamplerKind, typer.Option(help="How batches are drawn.")
+    ] = SamplerKind.POISSON,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Capacity of a batch (truncated-poisson).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Size of every batch (fixed-size).")
+    ] = None,
+    population: Annotated[
+        int | None,
+        typer.Option(min=1, help="Public number of examples (truncated-poisson, fixed-size)."),
+    ] = None,
+    cycle: Annotated[
+        int | None,
+        typer.Option(min=1, help="Groups that take turns (cyclic-poisson, balls-in-bins)."),
+    ] = None,
+    bands: Annotated[
+        int | None, typer.Option(min=1, help="Noise correlated over so many steps (BandMF).")
+    ] = None,
+    buffers: Annotated[
+        int | None, typer.Option(min=1, help="Noise correlated through so many buffers (BLT).")
+    ] = None,
+    users: Annotated[
+        UserSampling | None,
+        typer.Option(help="Protect users: sample their examples (els) or the users (uls)."),
+    ] = None,
+    examples_per_user: Annotated[
+        int | None, typer.Option(min=1, help="What a user contributes at most (with --users).")
+    ] = None,
+    replace_one: Annotated[
+        bool, typer.Option("--replace-one", help="Protect against replacing one, not adding one.")
+    ] = False,
+    trials: Annotated[
+        float | None,
+        typer.Option(
+            help="Mean number of runs of a search that publishes its best; drawn geometrically."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """What DP-SGD with Poisson sampling costs: ε of a noise multiplier, or the reverse."""
-    if noise_multiplier is None and target_epsilon is None:
-        raise ValueError("give --noise-multiplier, --target-epsilon, or both")
+    """What DP-SGD costs: ε of a noise multiplier, or the reverse."""
     with watching()("accounting", 1):  # importing the accountants takes seconds by itself
-        answer = _account(sample_rate, steps, delta, noise_multiplier, target_epsilon)
+        from privlm.dp.accounting import rounded_up
+        from privlm.dp.cost import Question, cost
+
+        question = Question(
+            sampler=sampler.value,
+            steps=steps,
+            delta=delta,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            sampling_probability=sample_rate,
+            max_batch_size=max_batch_size,
+            batch_size=batch_size,
+            population=population,
+            cycle=cycle,
+            bands=bands,
+            buffers=buffers,
+            users=None if users is None else users.value,
+            examples_per_user=examples_per_user,
+            replace_one=replace_one,
+            trials=trials,
+        )
+        answer = cost(question)
     if as_json:
         _print_json(answer)
         return
-    from privlm.dp.accounting import rounded_up
-
+    doing, one = answer["neighbours"].split(" one ")
+    rate = f", sample rate {sample_rate:g}" if sample_rate is not None else ""
     typer.echo(
         f"ε = {rounded_up(answer['epsilon'], 4)} at δ = {delta:g} by {answer['accountant']}, for "
-        f"adding or removing one example\n(noise multiplier {answer['noise_multiplier']:.4g}, "
-        f"sample rate {sample_rate:g}, {steps} steps)"
+        f"{doing.replace('add or remove', 'adding or removing').replace('replace', 'replacing')} "
+        f"one {one}\n(noise multiplier {answer['noise_multiplier']:.4g}, {sampler.value} sampler"
+        f"{rate}, {steps} steps)"
     )
     if answer["fallback_reason"]:
         typer.echo(f"Rényi DP answered, because {answer['fallback_reason']}")
@@ -96,55 +175,50 @@ def account(
             f"ε = {target_epsilon:g} takes a noise multiplier of "
             f"{rounded_up(answer['noise_multiplier_for_target'], 4)}"
         )
-
-
-def _account(
-    sample_rate: float,
-    steps: int,
-    delta: float,
-    noise_multiplier: float | None,
-    target_epsilon: float | None,
-) -> dict[str, Any]:
-    from privlm.dp.accounting import epsilon_of
-    from privlm.dp.plan import Plan
-    from privlm.dp.sampling import PoissonSampler
-
-    def plan(sigma: float) -> Plan:
-        return Plan(
-            sampler=PoissonSampler(sample_rate),
-            steps=steps,
-            noise_multiplier=sigma,
-            max_grad_norm=1.0,
-            expected_batch_size=1.0,
-            delta=delta,
+    if "steps_for_target" in answer:
+        typer.echo(
+            f"ε = {target_epsilon:g} allows {answer['steps_for_target']} steps at a noise "
+            f"multiplier of {noise_multiplier:g}"
         )
 
-    target: dict[str, Any] = {}
-    if target_epsilon is not None:
-        draft = plan(1.0)
-        calibrated = Plan.for_budget(
-            target_epsilon=target_epsilon,
-            delta=delta,
-            sampler=draft.sampler,
-            steps=steps,
-            max_grad_norm=draft.max_grad_norm,
-            expected_batch_size=draft.expected_batch_size,
-        ).noise_multiplier
-        target = {"target_epsilon": target_epsilon, "noise_multiplier_for_target": calibrated}
-        if noise_multiplier is None:
-            noise_multiplier = calibrated
-    assert noise_multiplier is not None
-    spent = epsilon_of(plan(noise_multiplier).event(), delta)
-    return {
-        "epsilon": spent.value,
-        "delta": delta,
-        "accountant": spent.accountant,
-        "fallback_reason": spent.fallback_reason,
-        "noise_multiplier": noise_multiplier,
-        "sample_rate": sample_rate,
-        "steps": steps,
-        "neighbours": "add or remove one example",
-    } | target
+
+@app.command()
+def ledger(
+    path: Annotated[Path, typer.Argument(help="A ledger, or a folder of *.jsonl.")],
+    delta: Annotated[float, typer.Option(help="The δ at which ε is stated.")] = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """What the runs on record have spent, data set by data set.
+
+    Reads only, and takes no lock: a run may be writing meanwhile.
+    """
+    with watching()("accounting", 1):
+        from privlm.dp.accounting import rounded_up
+        from privlm.dp.listing import list_ledgers
+
+        listing = list_ledgers(path, delta)
+    if as_json:
+        _print_json(msgspec.to_builtins(listing))
+    else:
+        for data_set in listing.data_sets:
+            typer.echo(
+                f"data set {data_set.dataset[:16]}…: ε = {rounded_up(data_set.epsilon)} at δ = "
+                f"{delta:g} per {data_set.unit} ({data_set.neighbours}), by {data_set.accountant}, "
+                f"over {len(data_set.runs)} runs"
+            )
+            for run in data_set.runs:
+                kinds = ", ".join(
+                    f"{msgspec.to_builtins(kind.sampler)['type']} at noise multiplier "
+                    f"{kind.noise_multiplier:.4g}"
+                    for kind in run.kinds
+                )
+                typer.echo(
+                    f"  {run.run}: {run.steps} steps, ε = {rounded_up(run.epsilon)} ({kinds})"
+                )
+        if not listing.data_sets:
+            typer.echo("nothing has been released")
+    if listing.unreadable:
+        raise ValueError("not counted: " + "; ".join(listing.unreadable.values()))
 
 
 @app.command()
@@ -184,32 +258,45 @@ def train(
     if as_json:
         _print_json(msgspec.to_builtins(result))
         return
-    context = settings.corpus.context
-    example = f"a block of {context} tokens" if result.unit == "block" else "a document"
-    promise = (
-        f"{result.guarantee}; an example is {example}"
-        if result.guarantee
-        else "no guarantee: trained unprotected"
-    )
-    typer.echo(
-        f"{promise}\n"
-        f"protected: {result.records} private examples, a number treated as public; "
-        f"not protected: {result.public_documents} public documents, which trained tokenizer and "
-        "base model\n"
-        f"{result.bits_per_byte:.3f} bits per byte on {result.test_documents} test documents "
-        f"(public base model: {result.base_bits_per_byte:.3f})\n"
-        f"{result.steps} steps, finished in {result.seconds:.0f} s; weights in "
-        f"{out / 'model.safetensors'}"
-    )
-    if result.steps_lost:
-        typer.echo(f"{result.steps_lost} steps were paid for and lost to an interruption")
-    if result.spent_on_data_set is not None:
-        from privlm.dp.accounting import rounded_up
+    from privlm.summary import summary
 
-        typer.echo(
-            "all runs on this ledger together have spent ε = "
-            f"{rounded_up(result.spent_on_data_set)}"
+    typer.echo(summary(settings, result, out))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; made if missing.")],
+    hyperparameters: Annotated[
+        str | None,
+        typer.Option(help="How they were chosen, for the model card: 'on public text alone', say."),
+    ] = None,
+    insecure_no_guarantee: Annotated[
+        bool, typer.Option("--insecure-no-guarantee", help="Export an unprotected run too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's weights for others, with a model card that states the guarantee.
+
+    Weights and tokenizer alone: in the format of transformers, of peft for adapters, or of this
+    toolkit for its own tiny model. Optimiser state, checkpoints and notes stay behind.
+    """
+    with watching()("exporting", 1):
+        from privlm.export import export_run
+
+        done = export_run(
+            run,
+            out,
+            insecure_no_guarantee=insecure_no_guarantee,
+            hyperparameters=hyperparameters,
         )
+    if as_json:
+        _print_json(msgspec.to_builtins(done))
+        return
+    typer.echo(
+        f"{done.guarantee or 'no guarantee: trained unprotected'}\n"
+        f"{', '.join(done.files)} in {out}; {out / 'README.md'} states it for whoever holds them"
+    )
 
 
 def main() -> None:

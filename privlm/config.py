@@ -14,15 +14,33 @@ import msgspec
 import yaml
 
 from privlm.data import DEFAULT_CORPUS
-from privlm.dp.clipping import MAX_MICROBATCH, MIN_GRAD_NORM
+from privlm.dp.clipping import MAX_MICROBATCH
 from privlm.dp.training import OptimizerConfig
+from privlm.privacy import AtLeastOne, Positive, PrivacyConfig, Probability
+
+__all__ = [
+    "AUDIO_KINDS",
+    "IMAGE_KINDS",
+    "NO_PUBLIC_TEXT",
+    "AtLeastOne",
+    "BudgetConfig",
+    "ConfigError",
+    "CorpusConfig",
+    "LanguageModelConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "NotNegative",
+    "PrivacyConfig",
+    "PublicTraining",
+    "TokenizerConfig",
+    "TrainConfig",
+    "decode_config",
+    "load_config",
+]
 
 MAX_CONFIG_BYTES = 1 << 20
+NO_PUBLIC_TEXT = "none"
 
-# Upper ends keep infinity out, and what would not end in an error but in a swapping machine.
-Positive = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
-Probability = Annotated[float, msgspec.Meta(gt=0, lt=1)]
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
@@ -43,6 +61,9 @@ class CorpusConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     throughout; or write ``public_share`` out, and that part of ``source`` counts as
     public. The same holds for ``test_source`` and ``test_share``. Relative paths
     start at the working directory.
+
+    For a model that sees or hears, every source is a ``.jsonl`` of texts with images or sounds
+    (:func:`privlm.data.multimodal.load_media_records`), and a line of it is one record.
     """
 
     source: Annotated[str, msgspec.Meta(min_length=1)] = DEFAULT_CORPUS
@@ -90,6 +111,42 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             )
 
 
+IMAGE_KINDS = ("llava", "smolvlm")
+AUDIO_KINDS = ("qwen2_audio",)
+
+
+class LanguageModelConfig(ModelConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which model: ``kind``, built small from random weights, or ``path``, a pre-trained one.
+
+    ``tiny`` is the toolkit's own; the others are those of
+    :func:`privlm.models.architectures.build`, which need ``transformers``. ``path`` is a folder
+    that ``save_pretrained`` wrote: a model that predicts the next token, with its tokenizer.
+    ``image_size`` and ``image_patch`` (pixels) belong to models that see, ``n_mels`` and ``frames``
+    (10 ms each) to one that hears.
+    """
+
+    kind: Literal["tiny", "gpt2", "llama", "qwen2", "qwen3", "llava", "smolvlm", "qwen2_audio"] = (
+        "tiny"
+    )
+    path: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    image_size: Annotated[int, msgspec.Meta(ge=4, le=4096)] = 32
+    image_patch: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 8
+    n_mels: Annotated[int, msgspec.Meta(ge=1, le=256)] = 32
+    frames: Annotated[int, msgspec.Meta(ge=8, le=2**20)] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = msgspec.structs.asdict(_DEFAULT_MODEL) if self.path else {}
+        changed = [k for k, v in default.items() if k != "path" and getattr(self, k) != v]
+        if changed:
+            raise ValueError(
+                f"path names a model that has its own {', '.join(changed)}; leave them out"
+            )
+
+
+_DEFAULT_MODEL = LanguageModelConfig()
+
+
 class PublicTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the base model is trained on the public documents; ``epochs: 0`` leaves it random."""
 
@@ -98,20 +155,26 @@ class PublicTraining(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     optimizer: OptimizerConfig = OptimizerConfig(kind="adamw", learning_rate=3e-3)
 
 
-class PrivacyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A budget, or a noise multiplier; exactly one of the two.
+class LoraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Adapters that are trained in place of the model; see :func:`privlm.models.adapters.add_lora`.
 
-    ``delta`` belongs to both. ``max_grad_norm`` is the clipping bound.
+    They are put beside the layers of the public base model, which is trained whole before. The
+    private data moves nothing but them.
     """
 
-    target_epsilon: Positive | None = None
-    noise_multiplier: Annotated[float, msgspec.Meta(ge=1e-6, le=1e9)] | None = None
-    delta: Probability = 1e-5
-    max_grad_norm: Annotated[float, msgspec.Meta(ge=MIN_GRAD_NORM, le=1e9)] = 1.0
+    rank: Annotated[int, msgspec.Meta(ge=1, le=2**16)] = 8
+    alpha: Positive = 16.0
+    targets: str | list[str] | None = None
 
-    def __post_init__(self) -> None:
-        if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either target_epsilon or noise_multiplier, and not both")
+
+class BudgetConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What all runs on the ledger together may spend.
+
+    A run ends before the step that would exceed it.
+    """
+
+    epsilon: Positive
+    delta: Probability = 1e-5
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -122,14 +185,18 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     reaches the secret randomness of sampling and noise. ``ledger`` may be shared
     by all runs on one data set; by default it stands in the output folder, and a
     relative path starts at the working directory of the run's first start.
-    ``microbatch_size`` and ``checkpoint_every`` change nothing about the result.
+    ``budget`` bounds what all of them spend. ``public: null``, the default, trains a new model
+    for ten epochs and leaves one from a folder as it is; the latter needs no public text, which
+    ``corpus: {public_source: none}`` says. ``microbatch_size`` and ``checkpoint_every`` change
+    nothing about the result.
     """
 
     privacy: PrivacyConfig | None
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    model: ModelConfig = ModelConfig()
-    public: PublicTraining = PublicTraining()
+    model: LanguageModelConfig = LanguageModelConfig()
+    lora: LoraConfig | None = None
+    public: PublicTraining | None = None
     optimizer: OptimizerConfig = OptimizerConfig(kind="sgd", learning_rate=2.0)
     epochs: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 10.0
     batch_size: AtLeastOne = 256
@@ -137,6 +204,32 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     checkpoint_every: AtLeastOne = 20
     seed: NotNegative = 0
     ledger: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    budget: BudgetConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.model.kind == "tiny" and self.model.path is None:
+            raise ValueError(
+                "lora: adapters go beside the layers of a transformers model; choose "
+                "another model.kind, or a model.path"
+            )
+        if self.model.path is not None and self.tokenizer != TokenizerConfig():
+            raise ValueError("tokenizer: a model from a folder has its own; leave it out")
+        if self.budget is not None and self.privacy is None:
+            raise ValueError("budget: a run without protection spends without bound; set privacy")
+        if self.corpus.public_source == NO_PUBLIC_TEXT and (
+            self.model.path is None or self.public_training.epochs
+        ):
+            raise ValueError(
+                "corpus.public_source: public text trains tokenizer and base model; only a "
+                "model.path that is not trained on it does without"
+            )
+
+    @property
+    def public_training(self) -> PublicTraining:
+        """``public``, or its default for this model."""
+        if self.public is not None:
+            return self.public
+        return PublicTraining() if self.model.path is None else PublicTraining(epochs=0)
 
 
 T = TypeVar("T")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from privlm.data import TokenBlocks, Tokenizer
-from privlm.models import token_log_probs
+from privlm.data import IGNORE_INDEX, Examples, TokenBlocks, Tokenizer
+from privlm.models import loss_for, token_log_probs
 
 
 class NonFinitePrediction(ValueError):
@@ -55,12 +55,47 @@ def document_bits(
         nats_BS = -token_log_probs(model(ids_BT), ids_BT)
         bits_N.append((nats_BS * target_BS).sum(1).double() / np.log(2))
         bytes_N.append((byte_V[ids_BT[:, 1:]] * target_BS).sum(1).double())
-    bits, size = torch.cat(bits_N), torch.cat(bytes_N)
+    return _by_document(torch.cat(bits_N), torch.cat(bytes_N), blocks.document_N)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Examples that nobody trained on.
+
+    Attributes:
+        examples: for the model's own loss.
+        document_N: which of D documents each belongs to.
+        bytes_N: float64; UTF-8 bytes that its targets stand for.
+    """
+
+    examples: Examples = field(repr=False)
+    document_N: Tensor = field(repr=False)
+    bytes_N: Tensor = field(repr=False)
+
+
+@torch.no_grad()
+def example_bits(model: nn.Module, held_out: HeldOut, batch_size: int = 32) -> DocumentBits:
+    """:func:`document_bits` for any model with a loss over tokens, images or sound beside them.
+
+    Raises:
+        NonFinitePrediction: the model's output is NaN or infinite.
+        UnknownLossError: the model's class does not tell its loss.
+    """
+    model.eval()
+    loss = loss_for(model)
+    bits_N = []
+    for index_B in torch.arange(len(held_out.examples)).split(batch_size):
+        batch = held_out.examples.batch(index_B)
+        targets_B = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1)
+        bits_N.append(loss(model, batch).double() * targets_B / np.log(2))
+    return _by_document(torch.cat(bits_N), held_out.bytes_N, held_out.document_N)
+
+
+def _by_document(bits: Tensor, size: Tensor, document_N: Tensor) -> DocumentBits:
     if not bool(torch.isfinite(bits).all()):
         raise NonFinitePrediction(
             "the model's predictions are not finite: it has diverged; lower the learning rate"
         )
-    document_N = blocks.document_N
     zero_D = torch.zeros(int(document_N.max()) + 1, dtype=torch.float64)
     return DocumentBits(
         zero_D.index_add(0, document_N, bits).numpy(),

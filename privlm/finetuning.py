@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from privlm.config import CorpusConfig, ModelConfig, PrivacyConfig, PublicTraining, TokenizerConfig
+from privlm.config import (
+    NO_PUBLIC_TEXT,
+    CorpusConfig,
+    ModelConfig,
+    PublicTraining,
+    TokenizerConfig,
+)
 from privlm.data import (
     BlockSplit,
     DataError,
+    Document,
+    Encoder,
     Split,
     Tokenizer,
     cut_blocks,
@@ -28,18 +37,28 @@ from privlm.data import (
     train_bpe,
 )
 from privlm.data.tokenization import ByteTokenizer
-from privlm.dp.ledger import Ledger
-from privlm.dp.plan import Plan
-from privlm.dp.sampling import PoissonSampler
-from privlm.dp.training import (
-    PlainGradients,
-    causal_lm_loss,
-    examples_of,
-    fit,
-    private_gradients,
-)
+from privlm.dp.batches import Batch
+from privlm.dp.clipping import PerExampleLoss
+from privlm.dp.training import PlainGradients, causal_lm_loss, examples_of, fit
 from privlm.models import TinyConfig, TinyDecoder
-from protocols.randomness import Stream
+from privlm.privacy import make_plan
+
+__all__ = [
+    "AfterStep",
+    "Corpus",
+    "clone",
+    "cut_corpus",
+    "load_corpus",
+    "make_plan",
+    "naming",
+    "new_model",
+    "new_tokenizer",
+    "public_base_model",
+    "public_steps",
+    "split_sources",
+    "steps_of",
+    "train_plainly",
+]
 
 AfterStep = Callable[[int], None]
 
@@ -67,37 +86,71 @@ def load_corpus(
     Raises:
         DataError: the documents cannot be used; says where and how to mend it.
     """
+    documents = split_sources(config, load_documents, seed=seed)
+    made = new_tokenizer(tokenizer, [d.text for d in documents.public]).reserve(reserved_tokens)
+    return Corpus(documents, cut_corpus(config, documents, made), made)
+
+
+def split_sources(
+    config: CorpusConfig,
+    load: Callable[[str], tuple[Document, ...]],
+    *,
+    seed: int,
+    by: Literal["document", "user"] = "document",
+) -> Split:
+    """Load what the configuration names, and say who may see which document.
+
+    Args:
+        config: the sources and their shares.
+        load: reads one source.
+        seed: chooses the split; no secret.
+        by: ``"user"`` keeps all of a user's documents in one part.
+
+    Raises:
+        DataError: a source cannot be used, or a part is empty.
+    """
     shares = {"private": config.private_share}
     if config.public_share is not None:
         shares["public"] = config.public_share
     if config.test_source is None:
         shares["test"] = config.test_share
-    documents = load_documents(config.source)
-    with _naming(config.source):
-        split = split_documents(documents, seed, shares)
-    if config.public_source is not None:
-        split = replace(split, public=load_documents(config.public_source))
+    documents = load(config.source)
+    with naming(config.source):
+        split = split_documents(documents, seed, shares, by)
+    if config.public_source is not None and config.public_source != NO_PUBLIC_TEXT:
+        split = replace(split, public=load(config.public_source))
     if config.test_source is not None:
-        split = replace(split, test=load_documents(config.test_source))
-    base: Tokenizer = (
-        ByteTokenizer()
-        if tokenizer.kind == "byte"
-        else train_bpe([d.text for d in split.public], tokenizer.vocab_size)
-    )
-    made = base.reserve(reserved_tokens)
+        split = replace(split, test=load(config.test_source))
+    return split
+
+
+def new_tokenizer(config: TokenizerConfig, public_texts: Sequence[str]) -> Tokenizer:
+    """The tokenizer, trained on public text alone."""
+    if config.kind == "byte":
+        return ByteTokenizer()
+    return train_bpe(public_texts, config.vocab_size)
+
+
+def cut_corpus(config: CorpusConfig, documents: Split, tokenizer: Encoder) -> BlockSplit:
+    """Records of every part, without exact duplicates.
+
+    Raises:
+        DataError: nothing remains of a part, or a document does not fit.
+    """
     cut = partial(
         cut_blocks,
-        tokenizer=made,
+        tokenizer=tokenizer,
         context=config.context,
         unit=config.unit,
         truncate=config.truncate,
     )
-    with _naming(config.source):
-        return Corpus(split, cut_split(split, cut), made)
+    with naming(config.source):
+        return cut_split(documents, cut)
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def naming(source: str) -> Iterator[None]:
+    """Put the name of a source before what is wrong with it."""
     try:
         yield
     except DataError as error:
@@ -128,10 +181,9 @@ def public_base_model(
 ) -> TinyDecoder:
     """A model trained on the public documents alone; what the private runs start from."""
     model = new_model(corpus, config, seed=seed)
-    examples = examples_of(corpus.blocks.public)
     train_plainly(
         model,
-        examples,
+        examples_of(corpus.blocks.public),
         training.optimizer.build(list(model.parameters())),
         steps=range(public_steps(corpus, training)),
         batch_size=training.batch_size,
@@ -143,91 +195,28 @@ def public_base_model(
 
 def public_steps(corpus: Corpus, training: PublicTraining) -> int:
     """Optimiser steps of :func:`public_base_model`."""
-    return training.epochs * math.ceil(len(corpus.blocks.public) / training.batch_size)
+    return steps_of(training, len(corpus.blocks.public))
+
+
+def steps_of(training: PublicTraining, examples: int) -> int:
+    """Optimiser steps of public training over so many examples."""
+    return training.epochs * math.ceil(examples / training.batch_size)
 
 
 def train_plainly(
-    model: TinyDecoder,
-    examples_N2T: Tensor,
+    model: nn.Module,
+    examples: Batch,
     optimizer: torch.optim.Optimizer,
     *,
     steps: range,
     batch_size: int,
     generator: torch.Generator,
+    loss: PerExampleLoss = causal_lm_loss,
     after_step: AfterStep = lambda step: None,
 ) -> None:
     """Train in place without any protection."""
-    gradients = PlainGradients(model, causal_lm_loss, examples_N2T, batch_size, generator)
+    gradients = PlainGradients(model, loss, examples, batch_size, generator)
     fit(model, gradients, optimizer, steps, after_step)
-
-
-def make_plan(privacy: PrivacyConfig, *, candidates: int, epochs: float, batch_size: int) -> Plan:
-    """The plan of a run over about ``candidates`` examples, a number treated as public.
-
-    Raises:
-        ValueError: a batch larger than the data, or a budget that no noise reaches.
-    """
-    check_batch_size(batch_size, candidates)
-    sampler = PoissonSampler(batch_size / candidates)
-    steps = planned_steps(candidates, epochs, batch_size)
-    if privacy.noise_multiplier is not None:
-        return Plan(
-            sampler=sampler,
-            steps=steps,
-            noise_multiplier=privacy.noise_multiplier,
-            max_grad_norm=privacy.max_grad_norm,
-            expected_batch_size=batch_size,
-            delta=privacy.delta,
-        )
-    assert privacy.target_epsilon is not None  # PrivacyConfig holds exactly one of the two
-    return Plan.for_budget(
-        target_epsilon=privacy.target_epsilon,
-        delta=privacy.delta,
-        sampler=sampler,
-        steps=steps,
-        max_grad_norm=privacy.max_grad_norm,
-        expected_batch_size=batch_size,
-    )
-
-
-def planned_steps(examples: int, epochs: float, batch_size: int) -> int:
-    """Steps in which an example is seen ``epochs`` times, in expectation; at least one."""
-    return max(1, round(epochs * examples / batch_size))
-
-
-def check_batch_size(batch_size: int, examples: int) -> None:
-    """Raise ``ValueError`` for a batch larger than the data."""
-    if batch_size > examples:
-        raise ValueError(
-            f"batch_size {batch_size} exceeds the {examples} private examples; lower batch_size, "
-            "or add data"
-        )
-
-
-def train_privately(
-    model: TinyDecoder,
-    examples_N2T: Tensor,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    ledger: Ledger,
-    *,
-    run: str,
-    stream: Stream,
-    microbatch_size: int = 64,
-    after_step: AfterStep = lambda step: None,
-) -> None:
-    """DP-SGD in place, from wherever the ledger says this run stands to the end of its plan."""
-    with private_gradients(
-        model,
-        causal_lm_loss,
-        examples_N2T,
-        plan,
-        ledger,
-        run=run,
-        stream=stream,
-        microbatch_size=microbatch_size,
-    ) as gradients:
-        fit(model, gradients, optimizer, range(ledger.steps(run), plan.steps), after_step)
 
 
 def clone(model: TinyDecoder) -> TinyDecoder:

@@ -6,11 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+class Show(Protocol):
+    """Told how far something has come."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """So many steps are done; ``note`` says what there is to say, and stays until the next."""
+        ...
+
+
+Watch = Callable[[str, int], AbstractContextManager[Show]]
 """(what happens, how many steps) -> a context giving a callback for the steps done."""
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -27,12 +37,15 @@ def watching(*, quiet: bool = False) -> Watch:
 
 
 @contextmanager
-def _silent(what: str, steps: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
+def _silent(what: str, steps: int) -> Iterator[Show]:
+    def show(done: int, note: str = "") -> None:
+        pass
+
+    yield show
 
 
 @contextmanager
-def _bar(what: str, steps: int) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, steps: int) -> Iterator[Show]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,19 +54,26 @@ def _bar(what: str, steps: int) -> Iterator[Callable[[int], None]]:
         console=Console(stderr=True),
     ) as progress:
         task = progress.add_task(what, total=steps)
-        yield lambda done: progress.update(task, completed=done)
+
+        def show(done: int, note: str = "") -> None:
+            said = f"{what}, {note}" if note else None
+            progress.update(task, completed=done, description=said)
+
+        yield show
 
 
 @contextmanager
-def _lines(what: str, steps: int) -> Iterator[Callable[[int], None]]:
+def _lines(what: str, steps: int) -> Iterator[Show]:
     started = last = time.monotonic()
+    said = ""
     print(f"{what}: {steps} steps" if steps > 1 else what, file=sys.stderr, flush=True)
 
-    def show(done: int) -> None:
-        nonlocal last
+    def show(done: int, note: str = "") -> None:
+        nonlocal last, said
+        said = f", {note}" if note else said
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES and done < steps:
             last = time.monotonic()
-            print(f"{what}: {done}/{steps}", file=sys.stderr, flush=True)
+            print(f"{what}: {done}/{steps}{said}", file=sys.stderr, flush=True)
 
     yield show
     print(f"{what}: done in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -4,6 +4,8 @@
 run.json                configuration, plan, run id, fingerprint of the data; private
 ledger.jsonl            every release, written before it was made; private
 checkpoint.safetensors  model and optimiser of the last checkpoint; private
+steps.jsonl             what each step did; private, see :mod:`privlm.steps`
+secret.key              seed of a run that needs one throughout; secret, gone once it is finished
 tokenizer.json          learned from public text
 model.safetensors       the trained weights: what the guarantee is about
 result.json             guarantee, utility, cost; written last
@@ -21,13 +23,15 @@ from typing import TypeVar
 
 import msgspec
 
-from privlm.config import ConfigError, TrainConfig
-from privlm.dp.ledger import Ledger
+from privlm.config import BudgetConfig, ConfigError, TrainConfig
+from privlm.dp.ledger import Budget, Ledger
 from privlm.dp.plan import Plan
+from privlm.privacy import needs_one_seed
 from protocols.files import DirectoryInUse, is_leftover, locked_directory, write_atomically
+from protocols.randomness import SEED_BYTES, Stream
 
-MAY_CHANGE = ("microbatch_size", "checkpoint_every")
-"""Keys that change neither the guarantee nor the distribution of the result."""
+MAY_CHANGE = ("microbatch_size", "checkpoint_every", "budget")
+"""Keys that change neither the guarantee of a step nor the distribution of what it releases."""
 
 
 class RunRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,6 +75,16 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def steps(self) -> Path:
+        """What each step did."""
+        return self.path / "steps.jsonl"
+
+    @property
+    def key(self) -> Path:
+        """The sealed seed."""
+        return self.path / "secret.key"
+
+    @property
     def weights(self) -> Path:
         """The trained weights."""
         return self.path / "model.safetensors"
@@ -112,10 +126,13 @@ class RunFolder:
             ConfigError: it cannot be read, or was started with another configuration.
         """
         record = self.read(self.record, RunRecord)
+        # A step that is made again comes out bitwise the same only with the same micro-batches.
+        sealed = record.plan is not None and needs_one_seed(record.plan)
+        may_change = set(MAY_CHANGE) - ({"microbatch_size"} if sealed else set())
         changed = [
             name
             for name in config.__struct_fields__
-            if name not in MAY_CHANGE and getattr(record.config, name) != getattr(config, name)
+            if name not in may_change and getattr(record.config, name) != getattr(config, name)
         ]
         if changed:
             raise ConfigError(
@@ -168,8 +185,12 @@ def opened_folder(path: Path, *, resume: bool, ledger: str | None) -> Iterator[R
                 made.rmdir()
 
 
-def open_ledger(folder: RunFolder, record: RunRecord, *, resume: bool) -> Ledger:
+def open_ledger(
+    folder: RunFolder, record: RunRecord, *, resume: bool, spend: BudgetConfig | None
+) -> Ledger:
     """The ledger of a private run, after checking that it and ``record`` tell one story.
+
+    ``spend`` is what all its runs together may.
 
     Raises:
         LedgerError: see :class:`~privlm.dp.ledger.Ledger`; a run that is resumed
@@ -177,7 +198,8 @@ def open_ledger(folder: RunFolder, record: RunRecord, *, resume: bool) -> Ledger
         ConfigError: the ledger holds other steps of this run than its plan's.
     """
     path = folder.ledger(record.ledger)
-    ledger = Ledger(path, dataset=record.dataset, create=not resume)
+    budget = None if spend is None else Budget(spend.epsilon, spend.delta)
+    ledger = Ledger(path, dataset=record.dataset, create=not resume, budget=budget)
     if record.plan is not None and not ledger.fits(record.run, record.plan):
         ledger.close()
         raise ConfigError(
@@ -185,6 +207,38 @@ def open_ledger(folder: RunFolder, record: RunRecord, *, resume: bool) -> Ledger
             "from a backup, or start anew in another --out"
         )
     return ledger
+
+
+def stream_of(folder: RunFolder, plan: Plan, *, paid: int) -> Stream:
+    """Secret randomness to go on with.
+
+    Where a plan needs one seed throughout, it is sealed in the folder before the first release;
+    elsewhere sampling and noise are drawn afresh, and nothing is kept.
+
+    Args:
+        folder: of the run.
+        plan: of the run.
+        paid: steps that were released already.
+
+    Raises:
+        ConfigError: the key is missing, though steps were released under it, or damaged.
+    """
+    if not needs_one_seed(plan):
+        return Stream.fresh(_LABEL)
+    if not folder.key.exists():
+        if paid:
+            raise ConfigError(
+                f"{folder.key}: missing, though {paid} steps were released under it; restore it, "
+                "or start anew in another --out"
+            )
+        write_atomically(folder.key, Stream.fresh("sealed seed").bytes(SEED_BYTES))
+    seed = folder.key.read_bytes()
+    if len(seed) != SEED_BYTES:
+        raise ConfigError(f"{folder.key}: damaged; restore it, or start anew in another --out")
+    return Stream(seed, _LABEL)
+
+
+_LABEL = "private training"
 
 
 def _check_contents(folder: RunFolder, resume: bool, ledger: Path) -> None:

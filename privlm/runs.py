@@ -1,23 +1,23 @@
 """``privlm train``: a run in a folder, that survives being killed.
 
-After a crash the model goes back to its checkpoint and the ledger does not: steps
-that were paid for and lost stay paid for, and the run takes that many fewer.
+After a crash the model goes back to its checkpoint and the ledger does not. Where noise and
+batches are drawn afresh, steps that were paid for and lost stay paid for, and the run takes that
+many fewer. Where the plan needs one seed throughout, it is sealed in the folder, and lost steps
+are made again bitwise as they were.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import torch
+from torch import nn
 
 from privlm.checkpoint import (
     Checkpoint,
@@ -27,31 +27,25 @@ from privlm.checkpoint import (
     save_weights,
 )
 from privlm.config import ConfigError, TrainConfig
-from privlm.data import fingerprint
+from privlm.dp.accounting import rounded_up
 from privlm.dp.clipping import NonFiniteGradient
-from privlm.dp.ledger import Ledger, LedgerError
+from privlm.dp.history import LedgerError
+from privlm.dp.ledger import BudgetExceeded, Ledger
 from privlm.dp.plan import Guarantee, Plan
-from privlm.dp.training import examples_of
-from privlm.evaluation import NonFinitePrediction, document_bits
-from privlm.finetuning import (
-    Corpus,
-    check_batch_size,
-    load_corpus,
-    make_plan,
-    new_model,
-    planned_steps,
-    public_base_model,
-    public_steps,
-    train_plainly,
-    train_privately,
-)
-from privlm.models import TinyDecoder
-from privlm.progress import Watch
-from privlm.run_folder import RunFolder, RunRecord, open_ledger, opened_folder
-from protocols.randomness import Stream
+from privlm.dp.training import Gradients, fit, private_gradients
+from privlm.evaluation import NonFinitePrediction, example_bits
+from privlm.finetuning import steps_of, train_plainly
+from privlm.interruption import Interrupted, checkpointing, is_due
+from privlm.materials import Materials, adapted, prepare, records_of, trained_parameters
+from privlm.models import loss_for
+from privlm.models.pretrained import FolderTokenizer
+from privlm.planning import check_record, new_record
+from privlm.privacy import needs_one_seed, planned_steps
+from privlm.progress import Show, Watch
+from privlm.run_folder import RunFolder, RunRecord, open_ledger, opened_folder, stream_of
+from privlm.steps import Meter, SameAgain, StepLog
 
-CALIBRATION_SLACK = 1e-3
-"""ε of a plan calibrated by another version of the accountant may differ by this share."""
+__all__ = ["Interrupted", "RunResult", "train_run"]
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +53,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         guarantee: None if the run was unprotected.
-        unit: what one example, the unit of the guarantee, is.
+        unit: what one example is; of images or sounds, a ``record``.
         spent_on_data_set: ε at the guarantee's δ of everything on the ledger, other
             runs included; None if the run was unprotected.
         bits_per_byte: of the trained model on test documents.
@@ -67,13 +61,14 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
         test_documents: how many.
         records: private examples; their number is treated as public.
         public_documents: trained on without protection.
-        steps: the plan's; those paid for.
+        steps: taken and paid for; the plan's, unless the budget ended the run before.
         steps_lost: of these, paid for and undone by an interruption.
         seconds: of the process that finished the run.
+        planned_steps: the plan's.
     """
 
     guarantee: Guarantee | None
-    unit: Literal["block", "document"]
+    unit: Literal["block", "document", "record"]
     spent_on_data_set: float | None
     bits_per_byte: float
     base_bits_per_byte: float
@@ -83,10 +78,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     steps_lost: int
     seconds: float
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after the step in progress was finished and checkpointed."""
+    planned_steps: int
 
 
 def train_run(config: TrainConfig, out: Path, *, resume: bool, watch: Watch) -> RunResult:
@@ -100,8 +92,9 @@ def train_run(config: TrainConfig, out: Path, *, resume: bool, watch: Watch) -> 
 
     Raises:
         ConfigError: ``out`` holds something else than what ``config`` describes.
-        DataError, LedgerError, CheckpointError, NonFiniteGradient, NonFinitePrediction,
-            OSError: nothing half-written is left, and nothing was released unrecorded.
+        DataError, ModelError, LedgerError, CheckpointError, NonFiniteGradient,
+            NonFinitePrediction, ReplayDiffers, OSError: nothing half-written is left, and nothing
+            was released unrecorded.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; :class:`Interrupted` if a
             checkpoint of the last step was written.
     """
@@ -109,25 +102,28 @@ def train_run(config: TrainConfig, out: Path, *, resume: bool, watch: Watch) -> 
     with opened_folder(out, resume=resume, ledger=config.ledger) as folder:
         earlier = folder.read_record(config) if resume else None
         with watch("reading documents", 1):
-            corpus = load_corpus(config.corpus, config.tokenizer, seed=config.seed)
+            materials = prepare(config)
         if earlier is None:
-            record = _new_record(config, corpus, watch)
+            record = new_record(config, materials, watch)
         else:
             record = earlier
-            _check_record(record, corpus, folder)
+            check_record(record, materials, folder)
         with contextlib.ExitStack() as stack:
             ledger = None
             if record.plan is not None:
-                ledger = stack.enter_context(open_ledger(folder, record, resume=resume))
+                ledger = stack.enter_context(
+                    open_ledger(folder, record, resume=resume, spend=config.budget)
+                )
             if not resume:
                 folder.write(folder.record, record)
-            corpus.tokenizer.save(folder.tokenizer)
+            if not isinstance(materials.tokenizer, FolderTokenizer):
+                materials.tokenizer.save(folder.tokenizer)
             result = _finished(folder)
             if result is None:
-                result = _train(config, corpus, record, ledger, folder, watch)
+                result = _train(config, materials, record, ledger, folder, watch)
                 result = msgspec.structs.replace(result, seconds=time.perf_counter() - started)
-            elif ledger is not None and record.plan is not None:
-                _check_all_paid(record, record.plan, ledger)
+            elif ledger is not None:
+                _check_all_paid(record, result.steps, ledger)
             if ledger is not None and record.plan is not None:
                 # Counted anew for a finished run too: others may have spent since.
                 with watch("adding up the privacy spent", 1):
@@ -137,83 +133,169 @@ def train_run(config: TrainConfig, out: Path, *, resume: bool, watch: Watch) -> 
                         spent_on_data_set=ledger.spent(record.plan.delta).value,
                     )
             folder.write(folder.result, result, mode=0o644)
+            # No step will be made again: without its seed, nobody can take the noise off.
+            folder.key.unlink(missing_ok=True)
             return result
 
 
 def _train(
     config: TrainConfig,
-    corpus: Corpus,
+    materials: Materials,
     record: RunRecord,
     ledger: Ledger | None,
     folder: RunFolder,
     watch: Watch,
 ) -> RunResult:
     """From wherever the run stands to its weights; privacy and time are for the caller to add."""
-    model, optimizer, checkpoint = _standing(config, corpus, record, ledger, folder, watch)
-    if ledger is not None and record.plan is not None:
+    model, optimizer, checkpoint = _standing(config, materials, record, ledger, folder, watch)
+    private = materials.private
+    if record.plan is not None:
         steps = record.plan.steps
     else:
-        steps = planned_steps(len(corpus.blocks.private), config.epochs, config.batch_size)
+        steps = planned_steps(len(private), config.epochs, config.batch_size)
     what = "private training" if ledger is not None else "training without protection"
-    with (
-        _diverging(what),
-        watch(what, steps) as show,
-        _checkpointing(folder.checkpoint, model, optimizer, config, checkpoint, steps) as keep,
-    ):
 
-        def after_step(step: int) -> None:
-            show(step)
-            keep(step)
-
+    with _diverging(what), watch(what, steps) as show:
         show(checkpoint.step)
         if ledger is not None and record.plan is not None:
-            train_privately(
-                model,
-                examples_of(corpus.blocks.private),
-                record.plan,
-                optimizer,
-                ledger,
-                run=record.run,
-                stream=Stream.fresh("private training"),
-                microbatch_size=config.microbatch_size,
-                after_step=after_step,
+            taken = _Private(config, materials, record, record.plan, ledger, folder).train(
+                model, optimizer, checkpoint, show
             )
         else:
-            train_plainly(
-                model,
-                examples_of(corpus.blocks.private),
-                optimizer,
-                steps=range(checkpoint.step, steps),
-                batch_size=config.batch_size,
-                generator=torch.Generator().manual_seed(config.seed + checkpoint.step),
-                after_step=after_step,
-            )
+            taken = steps
+
+            def save(step: int) -> None:
+                where = msgspec.structs.replace(checkpoint, step=step)
+                save_checkpoint(folder.checkpoint, model, optimizer, where)
+
+            with checkpointing(save, config.checkpoint_every, steps) as keep:
+
+                def after_step(step: int) -> None:
+                    show(step)
+                    keep(step)
+
+                train_plainly(
+                    model,
+                    private.tensors,
+                    optimizer,
+                    steps=range(checkpoint.step, steps),
+                    batch_size=config.batch_size,
+                    generator=torch.Generator().manual_seed(config.seed + checkpoint.step),
+                    loss=loss_for(model),
+                    after_step=after_step,
+                )
     with _diverging("the trained model"):
-        utility = document_bits(model, corpus.blocks.test, corpus.tokenizer)
+        utility = example_bits(model, materials.held_out)
     save_weights(folder.weights, model)
+    media = {"pixel_values", "input_features"} & set(private.tensors)
     return RunResult(
         guarantee=None,
-        unit=config.corpus.unit,
+        unit="record" if media else config.corpus.unit,
         spent_on_data_set=None,
         bits_per_byte=utility.bits_per_byte,
         base_bits_per_byte=checkpoint.base_bits_per_byte,
         test_documents=len(utility.bits_D),
-        records=len(corpus.blocks.private),
-        public_documents=len(corpus.documents.public),
-        steps=steps,
+        records=len(private),
+        public_documents=materials.public_documents,
+        steps=taken,
         steps_lost=checkpoint.steps_lost,
         seconds=0.0,
+        planned_steps=steps,
     )
+
+
+class _Private:
+    """The private steps of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        materials: Materials,
+        record: RunRecord,
+        plan: Plan,
+        ledger: Ledger,
+        folder: RunFolder,
+    ) -> None:
+        self._config = config
+        self._materials = materials
+        self._run = record.run
+        self._plan = plan
+        self._ledger = ledger
+        self._folder = folder
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        start: Checkpoint,
+        show: Show,
+    ) -> int:
+        """Take the steps that are left; how many were taken in the end.
+
+        Fewer than planned if the next would exceed the budget.
+
+        Raises:
+            BudgetExceeded: not even one step fits.
+        """
+        plan, config, folder = self._plan, self._config, self._folder
+        if start.step >= plan.steps:
+            return plan.steps
+        stream = stream_of(folder, plan, paid=self._ledger.steps(self._run))
+        records, loss = records_of(self._materials.private, plan, loss_for(model), stream)
+        log = StepLog(folder.steps, start.step, self._materials.context)
+        meter = Meter(plan)
+        with private_gradients(
+            model,
+            loss,
+            records,
+            plan,
+            self._ledger,
+            run=self._run,
+            stream=stream,
+            start=start.step,
+            microbatch_size=config.microbatch_size,
+        ) as gradients:
+            releases = gradients.releases
+            if start.max_grad_norm is not None:
+                releases.max_grad_norm = start.max_grad_norm
+            repeated = SameAgain(gradients, log.digests, start.step)
+            source: Gradients = repeated if needs_one_seed(plan) else gradients
+
+            def save(step: int) -> None:
+                where = msgspec.structs.replace(
+                    start, step=step, max_grad_norm=releases.max_grad_norm
+                )
+                save_checkpoint(folder.checkpoint, model, optimizer, where)
+
+            with checkpointing(save, config.checkpoint_every, plan.steps) as keep:
+
+                def after_step(step: int) -> None:
+                    due = is_due(step, config.checkpoint_every, plan.steps)
+                    epsilon = meter.after(step) if due else None
+                    log.write(releases, epsilon=epsilon, release=repeated.digest)
+                    if epsilon is None:
+                        show(step)
+                    else:
+                        show(step, f"ε = {rounded_up(epsilon)} so far")
+                    keep(step)
+
+                try:
+                    fit(model, source, optimizer, range(start.step, plan.steps), after_step)
+                except BudgetExceeded:
+                    if releases.step == 0:
+                        raise
+                    save(releases.step)
+            return releases.step
 
 
 def _standing(
     config: TrainConfig,
-    corpus: Corpus,
+    materials: Materials,
     record: RunRecord,
     ledger: Ledger | None,
     folder: RunFolder,
     watch: Watch,
-) -> tuple[TinyDecoder, torch.optim.Optimizer, Checkpoint]:
+) -> tuple[nn.Module, torch.optim.Optimizer, Checkpoint]:
     """Model and optimiser to go on with, and where that is, losses counted.
 
     The first checkpoint holds the base model and precedes the first private step.
@@ -225,98 +307,52 @@ def _standing(
             "from a backup, or start anew in another --out"
         )
     if folder.checkpoint.exists():
-        model = new_model(corpus, config.model, seed=config.seed)
-        optimizer = config.optimizer.build(list(model.parameters()))
+        model = adapted(materials.model, config.lora, seed=config.seed)
+        optimizer = config.optimizer.build(trained_parameters(model))
         checkpoint = load_checkpoint(folder.checkpoint, model, optimizer, run=record.run)
-        if ledger is None:
+        if ledger is None or record.plan is None:
             return model, optimizer, checkpoint
         if checkpoint.step > paid:
             raise LedgerError(
                 f"{ledger.path}: {checkpoint.step} private steps were taken and only {paid} are "
                 "on record; restore the ledger from a backup"
             )
+        if needs_one_seed(record.plan):
+            return model, optimizer, checkpoint  # steps behind it are made again
         lost = checkpoint.steps_lost + paid - checkpoint.step
         return (
             model,
             optimizer,
             msgspec.structs.replace(checkpoint, step=paid, steps_lost=lost),
         )
-    with (
-        _diverging("public base model"),
-        watch("public base model", public_steps(corpus, config.public)) as after_step,
-    ):
-        model = public_base_model(
-            corpus, config.model, config.public, seed=config.seed, after_step=after_step
-        )
-        base = document_bits(model, corpus.blocks.test, corpus.tokenizer)
-    optimizer = config.optimizer.build(list(model.parameters()))
+    model = materials.model
+    with _diverging("public base model"):
+        public_base_model(config, materials, watch)
+        base = example_bits(model, materials.held_out)
+    model = adapted(model, config.lora, seed=config.seed)
+    optimizer = config.optimizer.build(trained_parameters(model))
     checkpoint = Checkpoint(run=record.run, step=0, base_bits_per_byte=base.bits_per_byte)
     save_checkpoint(folder.checkpoint, model, optimizer, checkpoint)
     return model, optimizer, checkpoint
 
 
-@contextmanager
-def _checkpointing(
-    path: Path,
-    model: TinyDecoder,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    start: Checkpoint,
-    steps: int,
-) -> Iterator[Callable[[int], None]]:
-    """Checkpoint every few steps, at the end, and when a signal asks to stop after this step.
-
-    A second signal stops at once; the last checkpoint and the ledger then decide.
-
-    Raises:
-        Interrupted: on leaving, if a signal came after the last step.
-    """
-    asked = False
-    interrupted = Interrupted(
-        "interrupted after the step in progress, which was saved; add --resume to go on"
-    )
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        _restore(previous)
-
-    def keep(step: int) -> None:
-        if asked or step % config.checkpoint_every == 0 or step == steps:
-            save_checkpoint(path, model, optimizer, msgspec.structs.replace(start, step=step))
-        if asked:
-            raise interrupted
-
-    previous = _handle(ask)
-    try:
-        yield keep
-    finally:
-        _restore(previous)
-    if asked:
-        raise interrupted
-
-
-Handlers = dict[signal.Signals, Any]
-"""A signal and what handled it before."""
-
-
-def _handle(handler: Callable[[int, object], None]) -> Handlers:
-    """Catch SIGINT and SIGTERM, unless the process was started to ignore them.
-
-    Signals belong to the main thread: in another one, nothing is caught.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    caught = {n: old for n, old in previous.items() if old not in (signal.SIG_IGN, None)}
-    for number in caught:
-        signal.signal(number, handler)
-    return caught
-
-
-def _restore(previous: Handlers) -> None:
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+def public_base_model(config: TrainConfig, materials: Materials, watch: Watch) -> None:
+    """Train the model on public examples alone, in place; what the private steps start from."""
+    training, public = config.public_training, materials.public
+    if public is None or not training.epochs:
+        return
+    steps = steps_of(training, len(public))
+    with watch("public base model", steps) as after_step:
+        train_plainly(
+            materials.model,
+            public.tensors,
+            training.optimizer.build(trained_parameters(materials.model)),
+            steps=range(steps),
+            batch_size=training.batch_size,
+            generator=torch.Generator().manual_seed(config.seed),
+            loss=loss_for(materials.model),
+            after_step=after_step,
+        )
 
 
 @contextmanager
@@ -330,69 +366,6 @@ def _diverging(what: str) -> Iterator[None]:
         raise NonFinitePrediction(f"{what}: {error}") from error
 
 
-def _new_record(config: TrainConfig, corpus: Corpus, watch: Watch) -> RunRecord:
-    candidates = len(corpus.blocks.private)
-    check_batch_size(config.batch_size, candidates)
-    plan = None
-    if config.privacy is not None:
-        with watch("planning the noise", 1):
-            plan = make_plan(
-                config.privacy,
-                candidates=candidates,
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-            )
-    dataset, all_records = _fingerprints(corpus)
-    return RunRecord(
-        run=Stream.fresh("run id").bytes(8).hex(),
-        dataset=dataset,
-        corpus=all_records,
-        config=config,
-        plan=plan,
-        ledger=str(Path(config.ledger).absolute()) if config.ledger else None,
-    )
-
-
-def _fingerprints(corpus: Corpus) -> tuple[str, str]:
-    """Of the private records, which names them in the ledger, and of all records."""
-    blocks = corpus.blocks
-    parts = [fingerprint(part) for part in (blocks.private, blocks.public, blocks.test)]
-    return parts[0], hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _check_record(record: RunRecord, corpus: Corpus, folder: RunFolder) -> None:
-    """Refuse documents that changed, and a plan that the configuration would not have made."""
-    dataset, all_records = _fingerprints(corpus)
-    if (record.dataset, record.corpus) != (dataset, all_records):
-        raise ConfigError(
-            f"{folder.record}: the documents changed since the run was started; restore them, "
-            "or start anew in another --out"
-        )
-    config, plan = record.config, record.plan
-    if config.privacy is None and plan is None:
-        return
-    if config.privacy is not None and plan is not None:
-        expected = make_plan(
-            msgspec.structs.replace(
-                config.privacy, target_epsilon=None, noise_multiplier=plan.noise_multiplier
-            ),
-            candidates=len(corpus.blocks.private),
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-        )
-        target = config.privacy.target_epsilon
-        if plan == expected and (
-            plan.noise_multiplier == config.privacy.noise_multiplier
-            if target is None
-            else plan.guarantee().epsilon <= target * (1 + CALIBRATION_SLACK)
-        ):
-            return
-    raise ConfigError(
-        f"{folder.record}: damaged, because its plan does not follow from its configuration; "
-        "restore it from a backup, or start anew in another --out"
-    )
-
-
 def _finished(folder: RunFolder) -> RunResult | None:
     """The result of a run that needs nothing more; a damaged one is made again."""
     if not (folder.result.exists() and folder.weights.exists()):
@@ -403,10 +376,10 @@ def _finished(folder: RunFolder) -> RunResult | None:
         return None
 
 
-def _check_all_paid(record: RunRecord, plan: Plan, ledger: Ledger) -> None:
+def _check_all_paid(record: RunRecord, steps: int, ledger: Ledger) -> None:
     paid = ledger.steps(record.run)
-    if paid < plan.steps:
+    if paid < steps:
         raise LedgerError(
-            f"{ledger.path}: the run is finished and only {paid} of its {plan.steps} steps are on "
+            f"{ledger.path}: the run is finished and only {paid} of its {steps} steps are on "
             "record; restore the ledger from a backup"
         )

@@ -34,24 +34,27 @@ FORGE = r"""
 import functools, json, os, resource, signal, sys, time
 from pathlib import Path
 import opacus.grad_sample
-import privlm.cli, privlm.dp.ledger, privlm.dp.plan, privlm.runs
+import privlm.cli, privlm.dp.history, privlm.dp.ledger, privlm.dp.plan, privlm.runs, privlm.steps
+import privlm.summary
 from privlm.dp.accounting import epsilon_of
 from privlm.dp.noise import GaussianMechanism
 from privlm.dp.training import PlainGradients
 
 cache = {}
-def remembered(event, delta):  # accounting has its own tests; here it would be most of the time
-    key = repr(event), delta
+def remembered(event, delta, *relation):
+    # Accounting has its own tests; here it would be most of the time.
+    key = repr(event), delta, *relation
     if key not in cache:
-        cache[key] = epsilon_of(event, delta)
+        cache[key] = epsilon_of(event, delta, *relation)
     return cache[key]
-privlm.dp.ledger.epsilon_of = privlm.dp.plan.epsilon_of = remembered
+privlm.dp.history.epsilon_of = privlm.dp.plan.epsilon_of = remembered
+privlm.steps.epsilon_of = remembered
 plan = privlm.dp.plan.Plan(  # what the standard run will ask
     sampler=privlm.dp.sampling.PoissonSampler(float(sys.argv[1])), steps=int(sys.argv[2]),
-    noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=1.0, delta=1e-5)
+    noise_multiplier=1.0, expected_batch_size=1.0, delta=1e-5)
 plan.guarantee()
 import dp_accounting
-remembered(dp_accounting.ComposedDpEvent([plan.event()]), 1e-5)
+remembered(dp_accounting.ComposedDpEvent([plan.event()]), 1e-5, plan.neighbours)
 
 import torch  # its first optimiser step imports for a second
 weight = torch.nn.Parameter(torch.zeros(1))
@@ -74,8 +77,8 @@ def child(order):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     announced = os.open(order["announced"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     release, following = GaussianMechanism.release, PlainGradients.next
-    def slow_release(self, clipped, stream):
-        released = release(self, clipped, stream)
+    def slow_release(self, clipped, stream, **how):
+        released = release(self, clipped, stream, **how)
         os.write(announced, b".")
         time.sleep(order["slow"])
         return released
@@ -83,6 +86,11 @@ def child(order):
         time.sleep(order["slow"] if order["slow_public"] else 0)
         return following(self)
     GaussianMechanism.release, PlainGradients.next = slow_release, slow_next
+    step_sgd = torch.optim.SGD.step
+    def slow_step(self, *args, **kwargs):
+        time.sleep(order["slow_optimizer"])
+        return step_sgd(self, *args, **kwargs)
+    torch.optim.SGD.step = slow_step
     if order["die_at"]:
         state = {"operations": 0}
         for place, name in ((os, "fsync"), (os, "pwrite"), (Path, "replace"), (Path, "mkdir")):
@@ -208,6 +216,7 @@ class Run:
                 "announced": str(self.folder / "announced"),
                 "slow": 0,
                 "slow_public": False,
+                "slow_optimizer": 0,
                 "die_at": 0,
                 "die_after": False,
                 "file_limit": 0,
@@ -255,6 +264,9 @@ class Run:
         path = self.folder / "stderr"
         return path.read_text() if path.exists() else ""
 
+    def ended(self) -> bool:
+        return (self.out / "result.json").exists()
+
     def wait_for(self, condition) -> None:
         end = time.monotonic() + DEADLINE
         while not condition():
@@ -286,6 +298,7 @@ class Run:
             "model.safetensors",
             "result.json",
             "run.json",
+            "steps.jsonl",
             "tokenizer.json",
         }
         assert {path.name for path in self.out.iterdir()} == expected
@@ -390,6 +403,53 @@ class TestKilled:
             assert deaths > 1
 
 
+class TestSealed:
+    """Noise that is correlated over the steps: a step that was lost is made again as it was."""
+
+    CONFIG = CONFIG | {
+        "privacy": {"noise_multiplier": 1.0, "correlation": {"kind": "banded", "bands": 3}},
+        "batch_size": 24,
+        "optimizer": {"kind": "sgd", "learning_rate": 0.1},
+    }
+
+    def releases(self, run: Run) -> dict[int, str]:
+        path = run.out / "steps.jsonl"
+        lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        return {line["step"]: line["release"] for line in whole}
+
+    def test_no_step_is_released_in_two_ways(self, forge, tmp_path):
+        """kill -9 five times at random moments: what was known of a step stays true of it."""
+        rng = random.Random(3)
+        run = Run(forge, tmp_path / "run", self.CONFIG)
+        known: dict[int, str] = {}
+        deaths = repeated = 0
+        while True:
+            begun = (run.out / "run.json").exists()
+            pid = run.start(*(["--resume"] if begun else []), slow_optimizer=0.05)
+            if deaths < 5:
+                target = max([*known, -1]) + rng.randint(1, 3)
+                run.wait_for(lambda wanted=target: wanted in self.releases(run) or run.ended())
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            code = run.end()
+            for step, release in self.releases(run).items():
+                repeated += step in known
+                assert known.setdefault(step, release) == release
+            deaths += code != 0
+            if code == 0:
+                break
+            assert (run.out / "secret.key").exists()
+        steps = json.loads(run.stdout)["steps"]
+        assert run.paid() == {run.run_id(): steps}
+        assert sorted(known) == list(range(steps))
+        assert len(set(known.values())) == steps
+        assert json.loads(run.stdout)["steps_lost"] == 0
+        assert deaths > 1
+        assert repeated > 0
+        assert not (run.out / "secret.key").exists()
+
+
 class TestInterrupted:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_private_training_saves_the_step_in_progress(self, run, number):
@@ -484,7 +544,6 @@ class TestFullDisk:
             sampler=PoissonSampler(0.001),
             steps=10**6,
             noise_multiplier=50.0,
-            max_grad_norm=1.0,
             expected_batch_size=1.0,
             delta=1e-5,
         )

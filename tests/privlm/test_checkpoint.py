@@ -147,3 +147,24 @@ class TestFiles:
         assert refused.value.filename == str(tmp_path)
         with locked_directory(tmp_path):
             pass
+
+
+class Tied(nn.Module):
+    """Two names for one tensor, as a model whose head is its embedding has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_head_is_saved_and_stays_tied(tmp_path):
+    trained, restored = Tied(), Tied()
+    optimizers = [OPTIMIZERS[0].build(list(m.parameters())) for m in (trained, restored)]
+    step(trained, optimizers[0])
+    save_checkpoint(tmp_path / "c", trained, optimizers[0], STOOD)
+    load_checkpoint(tmp_path / "c", restored, optimizers[1], run="a")
+    assert torch.equal(restored.head.weight, trained.embed.weight)
+    assert restored.head.weight is restored.embed.weight
+    save_weights(tmp_path / "w", trained)
+    assert load_file(tmp_path / "w").keys() == {"embed.weight", "head.weight"}

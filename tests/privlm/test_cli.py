@@ -68,7 +68,7 @@ class TestShape:
         assert (code, out.strip()) == (0, privlm.cli.importlib.metadata.version("privlm"))
         code, out, _ = privlm_("--help")
         assert code == 0
-        assert all(command in out for command in ("account", "train", "audit"))
+        assert all(command in out for command in ("account", "train", "export", "audit"))
         for command in ("account", "train"):
             code, out, _ = privlm_(command, "--help")
             assert code == 0
@@ -76,7 +76,7 @@ class TestShape:
             assert "privacy: {target_epsilon: 8, delta: 1e-5}\n" in out or command != "train"
 
     def test_every_option_is_explained(self):
-        for command in ("account", "train"):
+        for command in ("account", "train", "export"):
             for parameter in typer_command(command).params:
                 assert isinstance(parameter, click.Argument) or parameter.help
 
@@ -128,7 +128,103 @@ def typer_command(name: str) -> click.Command:
     return typer.main.get_command(app).commands[name]
 
 
+class TestLedger:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        from privlm.dp.plan import Plan
+        from privlm.dp.sampling import PoissonSampler
+
+        plan = Plan(
+            sampler=PoissonSampler(0.01),
+            steps=120,
+            noise_multiplier=0.7,
+            expected_batch_size=1.0,
+            delta=1e-5,
+        )
+        with Ledger(tmp_path / "l.jsonl", dataset="d" * 64) as ledger:
+            ledger.record("first", plan, count=120)
+            ledger.record("second", plan, count=3)
+            yield tmp_path  # a run is writing while the ledger is listed
+
+    def test_every_run_and_their_sum(self, privlm_, folder):
+        code, out, _ = privlm_("ledger", folder, "--json")
+        (data_set,) = json.loads(out)["data_sets"]
+        assert code == 0
+        assert [run["steps"] for run in data_set["runs"]] == [120, 3]
+        assert data_set["runs"][0]["epsilon"] == pytest.approx(2.4612381, abs=1e-4)
+        assert data_set["epsilon"] > data_set["runs"][0]["epsilon"]
+        code, out, _ = privlm_("ledger", folder / "l.jsonl", "--delta", 1e-5)
+        assert code == 0
+        assert "first: 120 steps, ε = 2.462 (poisson at noise multiplier 0.7)" in out
+
+    def test_what_cannot_be_read(self, privlm_, folder):
+        (folder / "other.jsonl").write_text("{}\n")
+        code, out, err = privlm_("ledger", folder)
+        assert code == 2
+        assert "first: 120 steps" in out
+        assert "other.jsonl, line 1: not a ledger entry" in err.splitlines()[-1]
+        assert privlm_("ledger", folder / "none")[0] == 2
+        code, _, err = privlm_("ledger", folder, "--delta", 2)
+        assert (code, "delta must lie in (0, 1)" in err) == (2, True)
+
+
 class TestAccount:
+    @pytest.mark.parametrize(
+        ("options", "sampler", "epsilon"),
+        [
+            (
+                "truncated-poisson --sample-rate 0.01 --max-batch-size 128 --population 10000 "
+                "--steps 1000 --delta 1e-6 --noise-multiplier 1",
+                "truncated-poisson",
+                5.2208,
+            ),
+            (
+                "cyclic-poisson --sample-rate 0.01 --cycle 4 --bands 4 --steps 480 --delta 1e-5 "
+                "--noise-multiplier 0.7",
+                "cyclic-poisson",
+                2.4612381,
+            ),
+        ],
+    )
+    def test_other_samplers(self, privlm_, options, sampler, epsilon):
+        code, out, _ = privlm_("account", "--sampler", *options.split(), "--json")
+        answer = json.loads(out)
+        assert code == 0
+        assert answer["sampler"]["type"] == sampler
+        assert answer["epsilon"] == pytest.approx(epsilon, abs=1e-3)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--sampler fixed-size --population 10", "fixed-size needs --batch-size"),
+            ("--sampler balls-in-bins --cycle 3 --sample-rate 0.1", "does not take --sample-rate"),
+            ("", "--sampler poisson needs --sample-rate"),
+            ("--sample-rate 0.1 --bands 3", "no amplification is proven"),
+            ("--sample-rate 0.1 --users els", "--users and --examples-per-user together"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, privlm_, options, message):
+        base = ("account", "--steps", 10, "--delta", 1e-5, "--noise-multiplier", 1)
+        code, out, err = privlm_(*base, *options.split())
+        assert (code, out) == (2, "")
+        assert message in err.splitlines()[-1]
+
+    def test_users_and_searches_cost_more(self, privlm_):
+        def epsilon(*more):
+            code, out, _ = self.account(privlm_, "--noise-multiplier", 2, *more, "--json")
+            assert code == 0
+            return json.loads(out)["epsilon"]
+
+        alone = epsilon()
+        assert epsilon("--users", "uls", "--examples-per-user", 5) == alone
+        assert epsilon("--users", "els", "--examples-per-user", 2) > 1.5 * alone
+        assert epsilon("--replace-one") > 1.5 * alone
+        assert epsilon("--trials", 5) > 1.5 * alone
+
+    def test_how_many_steps_a_budget_allows(self, privlm_):
+        _, out, _ = self.account(privlm_, "--noise-multiplier", 0.7, "--target-epsilon", 2.462)
+        assert "ε = 2.462 allows 12" in out
+
     def account(self, privlm_, *more):
         return privlm_("account", "--sample-rate", 0.01, "--steps", 120, "--delta", 1e-5, *more)
 
@@ -300,6 +396,74 @@ class TestTrain:
         assert b"interrupted" in err
         assert b"Traceback" not in err
         assert not (project / "out").exists()
+
+
+class TestExport:
+    @pytest.fixture
+    def trained(self, project, privlm_):
+        def train(**changes):
+            path = project / "run.yaml"
+            text = path.read_text()
+            for old, new in changes.items():
+                text = text.replace(old, new)
+            path.write_text(text)
+            assert privlm_("train", path, "--out", project / "out")[0] == 0
+            return project / "out"
+
+        return train
+
+    def test_weights_and_card_alone(self, trained, project, privlm_):
+        out = trained()
+        code, said, _ = privlm_("export", out, "--out", project / "released", "--json")
+        answer = json.loads(said)
+        assert code == 0
+        assert answer["format"] == "privlm"
+        assert {p.name for p in (project / "released").iterdir()} == set(answer["files"])
+        assert set(answer["files"]) == {
+            "README.md",
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+        }
+        result = json.loads((out / "result.json").read_text())
+        assert answer["guarantee"] == result["guarantee"]
+        assert answer["spent"]["epsilon"] == result["spent_on_data_set"]
+        card = (project / "released" / "README.md").read_text()
+        assert "Hyper-parameters: not stated" in card
+        assert "No other run is on the ledger" in card
+        weights = (project / "released" / "model.safetensors").read_bytes()
+        assert weights == (out / "model.safetensors").read_bytes()
+        again = privlm_("export", out, "--out", project / "released")
+        assert again[0] == 2
+        assert "the folder is not empty" in again[2]
+
+    def test_an_unprotected_run_takes_a_word(self, trained, project, privlm_):
+        out = trained(**{"{noise_multiplier: 2.0}": "null"})
+        arguments = ("export", out, "--out", project / "released")
+        code, said, err = privlm_(*arguments)
+        assert (code, said) == (2, "")
+        assert "add --insecure-no-guarantee" in err
+        assert not (project / "released").exists()
+        code, said, _ = privlm_(*arguments, "--insecure-no-guarantee")
+        assert code == 0
+        assert said.startswith("no guarantee")
+        card = (project / "released" / "README.md").read_text()
+        assert "without any protection" in card
+        assert "ε" not in card
+
+    def test_a_ledger_that_forgot_is_refused(self, trained, project, privlm_):
+        out = trained()
+        lines = (out / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+        code, _, err = privlm_("export", out, "--out", project / "released")
+        assert code == 2
+        assert "does not hold the" in err
+        assert not (project / "released").exists()
+
+    def test_nothing_to_export(self, project, privlm_):
+        code, _, err = privlm_("export", project / "none", "--out", project / "released")
+        assert code == 2
+        assert "run.json: cannot be read" in err
 
 
 def test_main_puts_signal_handlers_back(privlm_):

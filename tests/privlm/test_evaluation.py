@@ -7,7 +7,8 @@ from torch import nn
 
 from privlm.data import Document, cut_blocks, train_bpe
 from privlm.data.tokenization import ByteTokenizer
-from privlm.evaluation import NonFinitePrediction, document_bits
+from privlm.evaluation import HeldOut, NonFinitePrediction, document_bits, example_bits
+from privlm.models import TinyConfig, TinyDecoder
 
 
 class Fixed(nn.Module):
@@ -68,3 +69,15 @@ def test_no_documents():
     blocks = cut_blocks(DOCUMENTS, tokenizer, 16)
     with pytest.raises(ValueError, match="larger share"):
         document_bits(Fixed(torch.zeros(257)), blocks.select([]), tokenizer)
+
+
+def test_a_models_own_loss_tells_the_same_bits():
+    tokenizer = ByteTokenizer()
+    blocks = cut_blocks(DOCUMENTS, tokenizer, 16)
+    model = TinyDecoder(TinyConfig(257, 16, width=8, heads=1), torch.Generator().manual_seed(0))
+    by_logits = document_bits(model, blocks, tokenizer)
+    bytes_N = torch.tensor([6.0, 3.0, 15.0, 15.0], dtype=torch.float64)
+    held_out = HeldOut(blocks.as_examples(), blocks.document_N, bytes_N)
+    by_loss = example_bits(model, held_out, batch_size=3)
+    np.testing.assert_allclose(by_loss.bits_D, by_logits.bits_D, rtol=1e-5)
+    assert by_loss.bytes_D.tolist() == by_logits.bytes_D.tolist()

@@ -2,121 +2,49 @@
 
 import contextlib
 import json
-import random
 import shutil
 
 import msgspec
 import pytest
 import torch
+from made_up_runs import (  # noqa
+    QUIET,
+    RECORDS,
+    STEPS,
+    accounted_once,
+    begin,
+    configured,
+    corpus_in,
+    go,
+    ledger_lines,
+    write_documents,
+)
 from safetensors.torch import load_file
 
-import privlm.dp.ledger
+import privlm.dp.history
 import privlm.dp.plan
 import privlm.runs
 from privlm.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from privlm.config import ConfigError, TrainConfig, decode_config
+from privlm.config import ConfigError
 from privlm.data import DataError
-from privlm.dp.accounting import epsilon_of
 from privlm.dp.clipping import NonFiniteGradient
 from privlm.dp.ledger import LedgerError
 from privlm.dp.training import OptimizerConfig
 from privlm.evaluation import NonFinitePrediction
 from privlm.models import TinyConfig, TinyDecoder
-from privlm.progress import watching
-from privlm.runs import RunResult, train_run
-
-TEXT = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix potions"
-WORDS = TEXT.split()
-QUIET = watching(quiet=True)
+from privlm.runs import train_run
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _accounted_once():
-    """The accountants have their own tests; here the same few events come again and again."""
-    known = {}
-
-    def remembered(event, delta):
-        key = repr(event), delta
-        if key not in known:
-            known[key] = epsilon_of(event, delta)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(privlm.dp.ledger, "epsilon_of", remembered)
-        patch.setattr(privlm.dp.plan, "epsilon_of", remembered)
+    with accounted_once():
         yield
-
-
-def write_documents(folder) -> None:
-    rng = random.Random(0)
-    for part, count in (("private", 7), ("public", 3), ("test", 2)):
-        (folder / part).mkdir(parents=True)
-        for number in range(count):
-            text = " ".join(rng.choice(WORDS) for _ in range(40))
-            (folder / part / f"{part}{number}.txt").write_text(text)
-
-
-def corpus_in(folder, **changes) -> dict:
-    return {
-        "source": str(folder / "private"),
-        "public_source": str(folder / "public"),
-        "test_source": str(folder / "test"),
-        "context": 16,
-    } | changes
-
-
-STEPS, BATCH, RECORDS = 12, 24, 95
-
-
-def configured(base, **changes) -> TrainConfig:
-    settings = {
-        "privacy": {"noise_multiplier": 1.0},
-        "corpus": corpus_in(base / "docs"),
-        "tokenizer": {"kind": "byte"},
-        "model": {"width": 16, "layers": 1, "heads": 2},
-        "public": {"epochs": 1},
-        "epochs": STEPS * BATCH / RECORDS,
-        "batch_size": BATCH,
-        "checkpoint_every": 3,
-    }
-    return decode_config(json.dumps(settings | changes), TrainConfig, where="test")
-
-
-class Stopped(Exception):
-    pass
-
-
-def stopping_at(step: int):
-    """A watch under which private training dies right after this step, before any checkpoint."""
-
-    @contextlib.contextmanager
-    def watch(what, steps):
-        def show(done):
-            if "training" in what and done == step:
-                raise Stopped
-
-        yield show
-
-    return watch
-
-
-def begin(config, out, *, until: int) -> None:
-    with pytest.raises(Stopped):
-        train_run(config, out, resume=False, watch=stopping_at(until))
-
-
-def go(config, out, *, resume: bool = False) -> RunResult:
-    return train_run(config, out, resume=resume, watch=QUIET)
 
 
 @pytest.fixture
 def base(tmp_path):
     write_documents(tmp_path / "docs")
     return tmp_path
-
-
-def ledger_lines(path) -> list[dict]:
-    return [json.loads(line)["entry"] for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +260,7 @@ class TestDamaged:
             ("steps", 1200),
             ("noise_multiplier", 5.0),
             ("delta", 1e-4),
-            ("max_grad_norm", 3.0),
+            ("clipping", {"type": "flat", "max_grad_norm": 3.0}),
             ("expected_batch_size", 2.0),
             ("sampler", {"type": "poisson", "sampling_probability": 0.01}),
         ],
