@@ -27,7 +27,7 @@ from privlm.data.inputs import AudioInput, ImageInput
 from privlm.data.multimodal import MediaRecord, encode_media, load_media_records
 from privlm.dp.clipping import PerExampleLoss
 from privlm.dp.plan import Plan
-from privlm.dp.records import InMemory, OfUsers, Records, per_user
+from privlm.dp.records import InMemory, OfContributors, OfUsers, Records, per_user
 from privlm.dp.users import ExampleLevelSampling, bound_contributions
 from privlm.evaluation import HeldOut
 from privlm.finetuning import cut_corpus, naming, new_tokenizer, split_sources
@@ -177,7 +177,7 @@ def records_of(
         private.users, plan.users.examples_per_user, stream.child("contributions")
     )
     if isinstance(plan.users, ExampleLevelSampling):
-        return InMemory(private.batch(chosen.examples)), loss
+        return OfContributors(InMemory(private.tensors), chosen), loss
     return OfUsers(InMemory(private.tensors), chosen), per_user(loss)
 
 

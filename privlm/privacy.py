@@ -274,8 +274,4 @@ def needs_one_seed(plan: Plan) -> bool:
     Noise correlated over the steps takes back what was added before; groups, bins and users'
     contributions are drawn once for the whole run. Independent noise and batches are drawn afresh.
     """
-    return (
-        plan.correlation is not None
-        or plan.users is not None
-        or isinstance(plan.sampler, CyclicPoissonSampler | BallsInBinsSampler)
-    )
+    return plan.needs_one_stream or plan.users is not None

@@ -32,7 +32,7 @@ from privlm.dp.clipping import NonFiniteGradient
 from privlm.dp.history import LedgerError
 from privlm.dp.ledger import BudgetExceeded, Ledger
 from privlm.dp.plan import Guarantee, Plan
-from privlm.dp.training import Gradients, fit, private_gradients
+from privlm.dp.training import fit, private_gradients
 from privlm.evaluation import NonFinitePrediction, example_bits
 from privlm.finetuning import steps_of, train_plainly
 from privlm.interruption import Interrupted, checkpointing, is_due
@@ -43,7 +43,7 @@ from privlm.planning import check_record, new_record
 from privlm.privacy import needs_one_seed, planned_steps
 from privlm.progress import Show, Watch
 from privlm.run_folder import RunFolder, RunRecord, open_ledger, opened_folder, stream_of
-from privlm.steps import Meter, SameAgain, StepLog
+from privlm.steps import Meter, StepLog
 
 __all__ = ["Interrupted", "RunResult", "train_run"]
 
@@ -253,13 +253,12 @@ class _Private:
             run=self._run,
             stream=stream,
             start=start.step,
+            released=log.digests,
             microbatch_size=config.microbatch_size,
         ) as gradients:
             releases = gradients.releases
             if start.max_grad_norm is not None:
                 releases.max_grad_norm = start.max_grad_norm
-            repeated = SameAgain(gradients, log.digests, start.step)
-            source: Gradients = repeated if needs_one_seed(plan) else gradients
 
             def save(step: int) -> None:
                 where = msgspec.structs.replace(
@@ -272,7 +271,7 @@ class _Private:
                 def after_step(step: int) -> None:
                     due = is_due(step, config.checkpoint_every, plan.steps)
                     epsilon = meter.after(step) if due else None
-                    log.write(releases, epsilon=epsilon, release=repeated.digest)
+                    log.write(releases, epsilon=epsilon, release=releases.digest)
                     if epsilon is None:
                         show(step)
                     else:
@@ -280,7 +279,7 @@ class _Private:
                     keep(step)
 
                 try:
-                    fit(model, source, optimizer, range(start.step, plan.steps), after_step)
+                    fit(model, gradients, optimizer, range(start.step, plan.steps), after_step)
                 except BudgetExceeded:
                     if releases.step == 0:
                         raise

@@ -6,18 +6,14 @@ noise. Its first line says what of it may be published.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from pathlib import Path
 
 import msgspec
-import torch
-from torch import Tensor
 
 from privlm.dp.accounting import epsilon_of
 from privlm.dp.plan import Plan
 from privlm.dp.releases import Releases
-from privlm.dp.training import Gradients
 from protocols.files import write_atomically
 
 NOTE = (
@@ -28,10 +24,6 @@ NOTE = (
 
 
 FIRST_ACCOUNTING_S = 5.0
-
-
-class ReplayDiffers(ValueError):
-    """Two releases of one step under one noise would reveal the difference of what they hide."""
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -110,39 +102,6 @@ class StepLog:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
-class SameAgain:
-    """Gradients whose repeated steps are refused unless they are bitwise what they were.
-
-    Args:
-        gradients: the source.
-        digests: SHA-256 of the releases that are known, by step.
-        first: the number of the first step that comes.
-    """
-
-    def __init__(self, gradients: Gradients, digests: dict[int, str], first: int) -> None:
-        self.digest: str | None = None
-        self._gradients = gradients
-        self._digests = digests
-        self._step = first
-
-    def next(self) -> tuple[Tensor, ...]:
-        """The next gradient.
-
-        Raises:
-            ReplayDiffers: the step was released before, and otherwise.
-        """
-        values = self._gradients.next()
-        self.digest = _digest(values)
-        if self._digests.get(self._step, self.digest) != self.digest:
-            raise ReplayDiffers(
-                f"step {self._step} was released before, and comes out differently now; nothing "
-                "is made of it. Go on with the processor, number of threads, microbatch_size and "
-                "library versions that the run was begun with"
-            )
-        self._step += 1
-        return values
-
-
 class Meter:
     """ε of a run so far, worked out rarely enough to cost at most a twentieth of the time."""
 
@@ -160,13 +119,6 @@ class Meter:
         ended = time.perf_counter()
         self._due = ended + 20 * (ended - started)
         return epsilon
-
-
-def _digest(values: tuple[Tensor, ...]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> list[Step]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from privlm.dp.batches import Batch, cycle, part, size, split
 from privlm.dp.bookkeeping import Book, Patches, UnknownUse
 from privlm.dp.bookkeeping.operations import exact
+from privlm.dp.selfcheck import WithoutDropout, shaken, sums, versions, written
 
 PerExampleLoss = Callable[[nn.Module, Any], Tensor]
 """(model, batch of N examples) -> losses of shape (N,), each of its example alone."""
 
-_ROUNDING_MARGIN = 1e-5
-"""Float32 norms of 10^8 terms, and float32 sums over a microbatch of up to 1024 examples, err by
-less; microbatches are added up in float64. Clipped norms stay below the bound despite both."""
+ROUNDING_MARGIN = 1e-4
+"""Float32 norms of 10^8 terms, and float32 sums over a microbatch of up to 1024 examples (n · 2^-24
+bounds), err by less; microbatches are added up in float64. Clipped norms stay below the bound
+despite both."""
 
 MAX_MICROBATCH = 1024
 CPU_MICROBATCH = 16
@@ -186,7 +189,8 @@ class PerExampleClipping:
 
     def __enter__(self) -> PerExampleClipping:
         self._model.train()
-        self._versions = self._buffer_versions()
+        _refuse_hooks(self._model)
+        self._layouts: dict[Any, Any] = {}
         self._book = Book(self.parameters)
         self._patches = Patches(self._model, self._book)
         return self
@@ -215,11 +219,13 @@ class PerExampleClipping:
         totals = self._zeros()
         count = size(examples)
         counted = count if counted is None else counted
-        if count and not self._checked:
+        if count and not self._checked and self._tell_apart(examples):
             self._check(examples)
+        # One example at a time is right whatever the model does with several.
+        together = self._microbatch_size if self._checked else 1
         unclipped, loss, done = 0, 0.0, 0
         while done < count:
-            chunk = part(examples, done, self._microbatch_size)
+            chunk = part(examples, done, min(together, self._microbatch_size))
             try:
                 added = self._add_clipped(chunk, totals, bound, max(0, counted - done))
             except _NothingAdded:
@@ -288,6 +294,7 @@ class PerExampleClipping:
                 break
             except UnknownUse as use:
                 self._fall_back(use)
+        self._refuse_other_layout(examples)
         with self._full_precision():
             loss_N.sum().backward()
         if any(p.grad is not None for p in self.parameters):
@@ -304,29 +311,19 @@ class PerExampleClipping:
         return torch.autocast(self.parameters[0].device.type, enabled=False)
 
     def _losses(self, examples: Batch) -> Tensor:
+        before = versions(self._model)
+        totals = None if self._checked else sums(self._model)
         loss_N = self._loss(self._model, examples)
-        changed = [n for n, v in self._buffer_versions().items() if v != self._versions.get(n)]
-        if changed:
-            raise ValueError(
-                f"{', '.join(changed)}: changes when the model runs, and would carry private data "
-                "past clipping and noise; keep no statistics in training, or leave it out of the "
-                "model's state"
-            )
+        _refuse_written(written(self._model, before))
+        if totals is not None:  # writes that leave no version behind are looked for at first alone
+            now = sums(self._model)
+            _refuse_written([name for name, value in totals.items() if now.get(name) != value])
         if loss_N.shape != (size(examples),):
             raise ValueError(
                 f"the loss must have one value per example, shape ({size(examples)},), "
                 f"got {tuple(loss_N.shape)}"
             )
         return loss_N
-
-    def _buffer_versions(self) -> dict[str, tuple[int, int]]:
-        """Which tensors the buffers of the model's state are, and how often each was written."""
-        return {
-            f"{prefix}.{name}".lstrip("."): (id(buffer), buffer._version)
-            for prefix, module in self._model.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        }
 
     def _alone(self, example: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Loss and gradients of a batch of one, by plain autograd."""
@@ -343,6 +340,7 @@ class PerExampleClipping:
 
     def _fall_back(self, use: UnknownUse) -> None:
         self._patches.fall_back(use.module)
+        self._checked = False  # of the model as it runs from now on
         warnings.warn(
             f"{type(use.module).__name__} uses its parameters in {use.function}, for which there "
             "is no rule: its per-example gradients come from functorch, which is slower",
@@ -355,26 +353,57 @@ class PerExampleClipping:
         self._microbatch_size //= 2
         torch.cuda.empty_cache()
 
+    def _refuse_other_layout(self, examples: Batch) -> None:
+        """Every use of a parameter has as many rows an example as ever, at this shape of batch."""
+        shapes = (
+            {"": examples.shape[1:]}
+            if isinstance(examples, Tensor)
+            else {name: value.shape[1:] for name, value in examples.items()}
+        )
+        layout = [(index, rows / size(examples)) for index, rows in self._book.notes]
+        key = tuple(sorted(shapes.items()))
+        if self._layouts.setdefault(key, layout) != layout:
+            raise ValueError(
+                "the model uses its parameters otherwise for these examples than for those before, "
+                "of the same shape: it mixes or routes them by what they hold, as some mixtures of "
+                "experts do, and cannot be trained per example"
+            )
+
+    def _tell_apart(self, examples: Batch) -> bool:
+        """Whether there are two different examples: copies of one agree whatever mixes them."""
+        if size(examples) < 2:
+            return False
+        tensors = [examples] if isinstance(examples, Tensor) else list(examples.values())
+        return any(not torch.equal(value[0], value[1]) for value in tensors)
+
     def _check(self, examples: Batch) -> None:
         """Find layers whose first dimension is not the example, and compare with autograd."""
-        was_training = self._model.training
-        self._model.eval()  # dropout would differ between two passes
+        kind, half = self.parameters[0].device.type, {torch.bfloat16, torch.float16}
+        exactly = not any(p.dtype in half for p in self._model.parameters())
+        autocast = torch.is_autocast_enabled(kind) and not exactly
         try:
-            shared = self._shared_parameters(examples)
-            if shared:
-                self._one_by_one = True
-                warnings.warn(
-                    f"{', '.join(shared)}: used once for all examples of a batch, so that "
-                    "examples are back-propagated one by one, which is slow; freeze it to avoid "
-                    "that",
-                    stacklevel=2,
-                )
-            else:
-                self._compare_with_autograd(cycle(examples, 2))
+            with (
+                self._shaken(),
+                WithoutDropout(),
+                torch.autocast(kind, enabled=autocast, dtype=torch.get_autocast_dtype(kind)),
+            ):
+                shared = self._shared_parameters(examples)
+                if not shared:
+                    self._compare_with_autograd(cycle(examples, 2))
         finally:
             self._book.discard()
-            self._model.train(was_training)
+            self._forget_gradients()
+        if shared:
+            self._one_by_one = True
+            warnings.warn(
+                f"{', '.join(shared)}: used once for all examples of a batch, so that examples "
+                "are back-propagated one by one, which is slow; freeze it to avoid that",
+                stacklevel=2,
+            )
         self._checked = True
+
+    def _shaken(self) -> AbstractContextManager[None]:
+        return shaken(self.parameters)
 
     def _shared_parameters(self, examples: Batch) -> list[str]:
         """Names of parameters whose uses do not grow with the number of examples."""
@@ -395,9 +424,10 @@ class PerExampleClipping:
         return [names[i] for i in sorted(shared)]
 
     def _rows_of_uses(self, examples: Batch) -> list[tuple[int, int]]:
-        with torch.no_grad(), self._book.watching_rows(size(examples)) as rows:
+        self._book.open(size(examples))
+        with torch.no_grad():
             self._losses(examples)
-        return rows
+        return self._book.notes
 
     def _compare_with_autograd(self, examples: Batch) -> None:
         self._keep_book(examples)
@@ -417,7 +447,8 @@ class PerExampleClipping:
             named = ", ".join(names[i] for i in wrong_P.nonzero()[:3, 0].tolist())
             raise ValueError(
                 f"an example's gradient in a batch differs from its gradient alone (at {named}): "
-                "the model or the loss mixes examples, and cannot be trained per example"
+                "the model or the loss mixes examples, or draws random numbers other than "
+                "dropout's, and cannot be trained per example"
             )
 
 
@@ -430,7 +461,7 @@ class _NothingAdded(Exception):
 
 def _weights(clipping: Clipping, squares_PN: Tensor, bound: float) -> tuple[Tensor, int]:
     """Factors of shape (parameters, examples), and how many examples are not clipped."""
-    keep = bound * (1 - _ROUNDING_MARGIN)
+    keep = bound * (1 - ROUNDING_MARGIN)
     if isinstance(clipping, PerLayerClipping):
         norm_PN = squares_PN.sqrt()
         weight_PN = (keep / math.sqrt(len(squares_PN)) / norm_PN).clamp(max=1.0)
@@ -467,11 +498,37 @@ def _tolerance(parameter: Tensor) -> float:
     return 1e-2 if kind == "cuda" else 2e-3  # TensorFloat-32 may be on
 
 
+def _refuse_written(names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"{', '.join(names)}: changes when the model runs, and would carry private data past "
+            "clipping and noise; keep no statistics in training, or leave them out of the model's "
+            "state, and load the model anew"
+        )
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Hooks of parameters would see, or use, the gradients of single examples."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "to_local"):
+            continue  # sharded training hooks its own
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a gradient hook, which would see gradients of single examples; "
+                "remove it"
+            )
+
+
 def _refuse_mixing_layers(model: nn.Module) -> None:
     """Refuse what keeps statistics over examples, frozen or not (Opacus's validators know)."""
     from opacus.validators import ModuleValidator  # takes seconds; accounting needs none
 
     for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"{name} renormalises the rows that the data look up (max_norm), which shows in "
+                "the weights; set max_norm to None"
+            )
         if not isinstance(module, nn.modules.batchnorm._NormBase):
             continue
         validator = ModuleValidator.VALIDATORS.get(type(module))

@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from privlm.dp.clipping import ClippedSum, Clipping, PerExampleClipping, PerExampleLoss
 from privlm.dp.ledger import Budget, Ledger
 from privlm.dp.plan import Plan
-from privlm.dp.records import Records
+from privlm.dp.records import Records, taken
 from protocols.randomness import SEED_BYTES, Stream
 
 # Renamed in torch 2.13, where the old names warn.
@@ -218,6 +218,12 @@ class SharedLedger:
         dist.broadcast(told, src=0, group=self._group._control)
         return int(told)
 
+    def fits(self, run: str, plan: Plan) -> bool:
+        """As :meth:`Ledger.fits`, in every process."""
+        told = torch.tensor(self._ledger is None or self._ledger.fits(run, plan))
+        dist.broadcast(told, src=0, group=self._group._control)
+        return bool(told)
+
     def record(self, run: str, plan: Plan) -> None:
         """As :meth:`Ledger.record`; returns nowhere before the step is on disk.
 
@@ -277,7 +283,7 @@ class Replicas(Group):
     ) -> ClippedSum:
         """See :class:`Group`; the shard is one flat tensor of float64."""
         with self.together():
-            own = clipping.clipped_sum(records.take(self._own(batch)), max_grad_norm)
+            own = clipping.clipped_sum(taken(records, self._own(batch)), max_grad_norm)
         assert self._flat is not None  # of which the sum's values are views
         shard = self._flat.new_empty(len(self._flat) // self.size)
         _reduce_scatter(shard, self._flat)

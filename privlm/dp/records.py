@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from privlm.dp.batches import Batch, select, size
-from privlm.dp.users import Contributions
+from privlm.dp.users import Contributions, ExampleLevelSampling, UserLevelSampling, Users
 
 MASK = "user_mask"
 """The key under which a batch of users says which of its entries are examples."""
@@ -67,6 +67,25 @@ class Collated:
         return _plain(self._collate([self._dataset[i] for i in which.tolist()]))
 
 
+class OfContributors:
+    """The examples that take part where each user contributes at most k, as records of their own.
+
+    For example-level sampling of users (ELS).
+    """
+
+    def __init__(self, examples: Records, contributions: Contributions) -> None:
+        self._examples = examples
+        self._chosen = contributions.examples
+        self.examples_per_user = contributions.index_Uk.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def take(self, which: Tensor) -> Batch:
+        """See :class:`Records`."""
+        return self._examples.take(self._chosen[which])
+
+
 class OfUsers:
     """Users as records, each with up to k examples: batches of shape (U, k, ...).
 
@@ -76,6 +95,7 @@ class OfUsers:
     def __init__(self, examples: Records, contributions: Contributions) -> None:
         self._examples = examples
         self._contributions = contributions
+        self.examples_per_user = contributions.index_Uk.shape[1]
 
     def __len__(self) -> int:
         return len(self._contributions.users)
@@ -87,6 +107,44 @@ class OfUsers:
         named = {"examples": batch} if isinstance(batch, Tensor) else dict(batch)
         shaped = {name: value.unflatten(0, index_Uk.shape) for name, value in named.items()}
         return shaped | {MASK: mask_Uk.to(next(iter(shaped.values())).device)}
+
+
+def taken(records: Records, which: Tensor) -> Batch:
+    """The batch of these records, and nothing but one row for each.
+
+    Raises:
+        ValueError: a record has several rows, each of which would be clipped by itself.
+    """
+    batch = records.take(which)
+    if size(batch) != len(which):
+        raise ValueError(
+            f"{len(which)} records gave a batch of {size(batch)} rows: a record is to be one row, "
+            "or it moves the sum by several bounds; mend the collator"
+        )
+    return batch
+
+
+def check_unit(records: Records, users: Users | None) -> None:
+    """Refuse records that are not of the unit that a plan protects.
+
+    Raises:
+        ValueError: says which records the plan needs.
+    """
+    needed = {type(None): None, ExampleLevelSampling: OfContributors, UserLevelSampling: OfUsers}
+    kind = needed[type(users)]
+    kinds = (OfContributors, OfUsers)
+    found = next((k for k in kinds if isinstance(records, k)), None)
+    if found is not kind:
+        wanted = "examples" if kind is None else kind.__name__
+        raise ValueError(
+            f"the plan protects {'examples' if users is None else 'users'} and needs records that "
+            f"are {wanted}, not {type(records).__name__}"
+        )
+    if users is not None and records.examples_per_user > users.examples_per_user:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"users contribute up to {records.examples_per_user} examples, "  # type: ignore[attr-defined]
+            f"the plan accounts for {users.examples_per_user}"
+        )
 
 
 def per_user(loss: Callable[[nn.Module, Any], Tensor]) -> Callable[[nn.Module, Any], Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from privlm.dp.canaries import GradientCanaries
-from privlm.dp.clipping import AdaptiveClipping, ClippedSum
+from privlm.dp.clipping import MIN_GRAD_NORM, AdaptiveClipping, ClippedSum
 from privlm.dp.factorization import CorrelatedNoise
 from privlm.dp.ledger import Ledger
 from privlm.dp.noise import Release, noised
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 class BudgetSpent(ValueError):
     """One more step would exceed the guarantee that the plan gives."""
+
+
+class ReplayDiffers(ValueError):
+    """Two releases of one step under one noise would reveal the difference of their sums."""
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +62,8 @@ class Releases:
         run: this run's name in it.
         stream: secret randomness of the run; sampling and noise use children of it.
         start: the first step to release; by default the one behind those on the ledger.
+        released: where steps are made again, the :attr:`digest` of each release that was made
+            before, by step. A digest is to be kept before anything is made of its release.
         canaries: more records, through which an audit watches.
         shard: number of the part of each sum that this process releases, where several release one
             together; see :mod:`privlm.dp.distributed`. Its noise is its own. A step that the ledger
@@ -75,12 +83,23 @@ class Releases:
         stream: Stream,
         *,
         start: int | None = None,
+        released: Mapping[int, str] | None = None,
         canaries: GradientCanaries | None = None,
         shard: int | None = None,
     ) -> None:
         paid = ledger.steps(run)
         if start is not None and not 0 <= start <= paid:
             raise ValueError(f"step {start} cannot be the next: the ledger counts {paid}")
+        if paid and not ledger.fits(run, plan):
+            raise ValueError(
+                f"the ledger counts steps of another plan under the name {run!r}; give another "
+                "plan another name, or go on with the plan of that run"
+            )
+        if start is not None and start < paid and released is None:
+            raise ValueError(
+                f"steps {start} to {paid - 1} of run {run!r} were released before: give the "
+                "digests of their releases, for a step is made again bitwise the same or not at all"
+            )
         if start is None and paid and plan.needs_one_stream:
             raise ValueError(
                 f"{paid} steps of run {run!r} are on the ledger, and its noise or its assignment "
@@ -96,6 +115,9 @@ class Releases:
         self.max_grad_norm = plan.max_grad_norm
         self.canaries = canaries
         self.report: StepReport | None = None
+        self.digest: str | None = None
+        self._released = {} if released is None else released
+        stream = stream.child(f"run {run}")  # two runs of one stream share nothing
         self._ledger = ledger
         self._run = run
         self._sampling = stream.child("sampling")
@@ -141,6 +163,13 @@ class Releases:
         if self.step >= self._ledger.steps(self._run):
             self._ledger.record(self._run, self.plan)
         values = self._noised(clipped)
+        self.digest = _digest(values)
+        if self._released.get(self.step, self.digest) != self.digest:
+            raise ReplayDiffers(
+                f"step {self.step} was released before, and comes out differently now; nothing is "
+                "made of it. Go on with the model, optimiser, processor, number of threads, "
+                "microbatch size and library versions that the run was begun with"
+            )
         if self.canaries is not None:
             self.canaries.observe(Release(values, self.plan.mechanism.event))
         self.report = StepReport(
@@ -174,7 +203,8 @@ class Releases:
             stream = self._counts.child(f"step {self.step}")
             centred = noised(centred, rule.count_noise_multiplier / 2, stream)
         share = float(centred) / self.plan.expected_batch_size + 0.5
-        self.max_grad_norm *= math.exp(-rule.learning_rate * (share - rule.target_quantile))
+        moved = self.max_grad_norm * math.exp(-rule.learning_rate * (share - rule.target_quantile))
+        self.max_grad_norm = max(moved, MIN_GRAD_NORM)
 
 
 def _check_shared(
@@ -193,3 +223,11 @@ def _check_shared(
             "correlated noise goes on from the noise of all steps before, which another number of "
             "processes drew otherwise; begin a new run, or train in one process"
         )
+
+
+def _digest(values: tuple[Tensor, ...]) -> str:
+    """SHA-256 of the bits of a release, in hexadecimal."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -5,6 +5,8 @@ Shape suffixes: N examples, P parameters of the model.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from privlm.dp.batches import Batch
+from privlm.dp.batches import Batch, size
 from privlm.dp.clipping import ClippedSum, Clipping, PerExampleClipping, PerExampleLoss
 from privlm.dp.distributed import Group, _reduce_scatter
-from privlm.dp.records import Records
+from privlm.dp.records import Records, taken
 
 
 class Shards(Group):
@@ -62,7 +64,7 @@ class Shards(Group):
         own = self._own(batch)
         lacking = -(-len(batch) // self.size) - len(own)
         with self.together():
-            examples = records.take(torch.cat([own, batch[:1].expand(lacking)]))
+            examples = taken(records, torch.cat([own, batch[:1].expand(lacking)]))
         clipped = clipping.clipped_sum(examples, max_grad_norm, len(own))
         return self._with_all_counts(clipped, clipped.values)
 
@@ -132,6 +134,12 @@ class _ShardedClipping(PerExampleClipping):
     def _check(self, examples: Batch) -> None:
         with self._group.together():
             super()._check(examples)
+
+    def _tell_apart(self, examples: Batch) -> bool:
+        return size(examples) > 1  # and nothing that other processes might decide otherwise
+
+    def _shaken(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def _alone(self, example: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """By plain autograd, but for the whole parameters: FSDP would mix processes' gradients."""

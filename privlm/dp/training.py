@@ -22,7 +22,7 @@ from privlm.dp.canaries import GradientCanaries
 from privlm.dp.clipping import NonFiniteGradient, PerExampleClipping, PerExampleLoss
 from privlm.dp.ledger import Ledger
 from privlm.dp.plan import Plan
-from privlm.dp.records import InMemory, Records
+from privlm.dp.records import InMemory, Records, check_unit, taken
 from privlm.dp.releases import Releases
 from privlm.models import per_example_loss
 from protocols.randomness import SEED_BYTES, Stream
@@ -153,7 +153,7 @@ class PrivateGradients:
         bound, group = self.releases.max_grad_norm, self._group
         batch, joined = self.releases.draw(len(self._records))
         if group is None:
-            clipped = self._clipping.clipped_sum(self._records.take(batch), bound)
+            clipped = self._clipping.clipped_sum(taken(self._records, batch), bound)
             return self.releases.release(clipped, joined)
         clipped = group.summed(self._clipping, self._records, batch, bound)
         return group.gathered(self.releases.release(clipped, joined))
@@ -170,6 +170,7 @@ def private_gradients(
     run: str,
     stream: Stream,
     start: int | None = None,
+    released: Mapping[int, str] | None = None,
     microbatch_size: int | None = None,
     canaries: GradientCanaries | None = None,
     group: Group | None = None,
@@ -185,13 +186,16 @@ def private_gradients(
     """
     if isinstance(records, Tensor | Mapping):
         records = InMemory(records)
+    check_unit(records, plan.users)
     shard = None
     if group is not None:
         if isinstance(ledger, Ledger):
             raise ValueError("several processes share a ledger; open it by group.ledger(path)")
         shard = group.rank
         group.require_same("plan, run or number of records", _shared(plan, run, len(records)))
-    releases = Releases(plan, ledger, run, stream, start=start, canaries=canaries, shard=shard)
+    releases = Releases(
+        plan, ledger, run, stream, start=start, released=released, canaries=canaries, shard=shard
+    )
     if group is not None:
         group.require_same("the secret stream", stream.child("check").bytes(SEED_BYTES))
     made = PerExampleClipping if group is None else group.clipping

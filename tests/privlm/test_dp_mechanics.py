@@ -12,12 +12,12 @@ import torch
 from scipy import stats
 from torch import nn
 
-from privlm.dp.clipping import ClippedSum, NonFiniteGradient, PerExampleClipping
+from privlm.dp.clipping import ROUNDING_MARGIN, ClippedSum, NonFiniteGradient, PerExampleClipping
 from privlm.dp.ledger import Ledger
 from privlm.dp.noise import GRID_BITS, GaussianMechanism
 from privlm.dp.plan import Plan
-from privlm.dp.sampling import PoissonSampler
 from privlm.dp.releases import BudgetSpent
+from privlm.dp.sampling import PoissonSampler
 from privlm.dp.training import (
     PlainGradients,
     PrivateGradients,
@@ -61,7 +61,7 @@ def clipped_by_loop(model: nn.Module, batch: torch.Tensor, bound: float) -> list
     for gradients in per_example_gradients(model, batch):
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         for so_far, g in zip(total, gradients, strict=True):
-            so_far.add_(g * min(1.0, bound / float(norm)))
+            so_far.add_(g * min(1.0, bound * (1 - ROUNDING_MARGIN) / float(norm)))
     return total
 
 
@@ -109,7 +109,8 @@ class TestClipping:
             clipped = clipping.clipped_sum(batch)
         assert clipped.l2_sensitivity == bound
         for got, want in zip(clipped.values, expected, strict=True):
-            torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6 * bound)
+            # Float32 norms are rounded up by about 10^-4; in float64, 10^-9 is asked elsewhere.
+            torch.testing.assert_close(got.float(), want, rtol=3e-4, atol=3e-5 * bound)
 
     def test_clipping_after_the_sum_would_be_noticed(self):
         model, batch = tiny(), examples(7)
@@ -257,7 +258,9 @@ class TestTraining:
             Ledger, "record", lambda *a, **k: (order.append("ledger"), record(*a, **k))[1]
         )
         monkeypatch.setattr(
-            GaussianMechanism, "release", lambda *a, **k: (order.append("release"), release(*a, **k))[1]
+            GaussianMechanism,
+            "release",
+            lambda *a, **k: (order.append("release"), release(*a, **k))[1],
         )
         with (
             Ledger(tmp_path / "l", dataset="d") as ledger,

@@ -6,7 +6,7 @@ from made_up_examples import batch_for, loud
 from test_dp_bookkeeping import alone, norm_of, summed
 
 pytest.importorskip("transformers")
-from privlm.dp.clipping import FlatClipping, PerLayerClipping
+from privlm.dp.clipping import ROUNDING_MARGIN, FlatClipping, PerLayerClipping
 from privlm.models.adapters import add_lora, trainable
 from privlm.models.architectures import KINDS, Sizes, build
 from privlm.models.loss import loss_for
@@ -29,7 +29,7 @@ def assert_sums_of_a_loop(model, loss, batch):
     gradients = alone(model, loss, batch)
     norms = [norm_of(row) for row in gradients]
     bound = sorted(norms)[1]
-    weights = [min(1.0, bound * (1 - 1e-5) / norm) for norm in norms]
+    weights = [min(1.0, bound * (1 - ROUNDING_MARGIN) / norm) for norm in norms]
     expected = [
         sum(w * g for w, g in zip(weights, column, strict=True))
         for column in zip(*gradients, strict=True)

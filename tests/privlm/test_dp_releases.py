@@ -11,11 +11,18 @@ from privlm.dp.clipping import AdaptiveClipping, ClippedSum, FlatClipping
 from privlm.dp.factorization import Banded
 from privlm.dp.ledger import Ledger
 from privlm.dp.plan import Plan
-from privlm.dp.records import Collated, InMemory, OfUsers, per_user
-from privlm.dp.releases import BudgetSpent, Releases
+from privlm.dp.records import (
+    Collated,
+    InMemory,
+    OfContributors,
+    OfUsers,
+    check_unit,
+    per_user,
+)
+from privlm.dp.releases import BudgetSpent, Releases, ReplayDiffers
 from privlm.dp.sampling import CyclicPoissonSampler, PoissonSampler
 from privlm.dp.training import fit, private_gradients
-from privlm.dp.users import UserLevelSampling, bound_contributions
+from privlm.dp.users import ExampleLevelSampling, UserLevelSampling, bound_contributions
 from protocols.randomness import Stream
 
 SEED = bytes(range(32))
@@ -62,11 +69,12 @@ class TestReleases:
 
     def test_a_counted_step_is_made_again_from_the_same_batch_and_noise(self, ledger):
         first = Releases(plan(), ledger, "r", stream())
-        batches, released = [], []
-        for _ in range(4):
+        batches, released, digests = [], [], {}
+        for step in range(4):
             batches.append(first.draw(20)[0])
             released.append(first.release(total())[0])
-        again = Releases(plan(), ledger, "r", stream(), start=1)
+            digests[step] = first.digest
+        again = Releases(plan(), ledger, "r", stream(), start=1, released=digests)
         for step in (1, 2, 3):
             assert torch.equal(again.draw(20)[0], batches[step])
             assert torch.equal(again.release(total())[0], released[step])
@@ -74,12 +82,38 @@ class TestReleases:
         again.release(total())
         assert ledger.steps("r") == 5
 
+    def test_a_step_that_comes_out_differently_is_not_released(self, ledger):
+        """Two sums under one noise would give their difference away."""
+        first = Releases(plan(), ledger, "r", stream())
+        first.release(total())
+        digests = {0: first.digest}
+        with pytest.raises(ReplayDiffers):
+            Releases(plan(), ledger, "r", stream(), start=0, released=digests).release(
+                total((1.5, 2.0))
+            )
+        with pytest.raises(ValueError, match="give the digests"):
+            Releases(plan(), ledger, "r", stream(), start=0)
+
+    def test_another_plan_does_not_go_on_under_the_name_of_a_dearer_one(self, ledger):
+        Releases(plan(noise_multiplier=10.0), ledger, "r", stream()).release(total())
+        for other in (plan(noise_multiplier=0.1), plan(clipping=FlatClipping(2.0))):
+            with pytest.raises(ValueError, match="another plan"):
+                Releases(other, ledger, "r", stream())
+
+    def test_two_runs_of_one_stream_share_no_noise(self, ledger):
+        a, b = (Releases(plan(), ledger, run, stream()) for run in ("a", "b"))
+        assert not torch.equal(a.draw(1000)[0], b.draw(1000)[0])
+        assert (a.release(total())[0] != b.release(total())[0]).all()
+
     def test_correlated_noise_is_rebuilt_in_the_middle(self, ledger):
         banded = plan(sampler=CyclicPoissonSampler(0.5, 3), correlation=Banded(3))
         first = Releases(banded, ledger, "r", stream())
-        released = [first.release(total())[0] for _ in range(6)]
+        released, digests = [], {}
+        for step in range(6):
+            released.append(first.release(total())[0])
+            digests[step] = first.digest
         for start in (1, 4):
-            again = Releases(banded, ledger, "r", stream(), start=start)
+            again = Releases(banded, ledger, "r", stream(), start=start, released=digests)
             for step in range(start, 6):
                 assert torch.equal(again.release(total())[0], released[step])
         assert ledger.steps("r") == 6
@@ -202,6 +236,42 @@ class TestRecords:
         assert float((everybody - without).norm()) <= bound
         assert float((everybody - without).norm()) > 0.9 * bound
 
+    def test_records_of_another_unit_are_refused(self, ledger):
+        examples = InMemory(torch.randn(6, 3))
+        chosen = bound_contributions(["a", "a", "b", "b", "c", "c"], 2, stream("users"))
+        by_user = plan(users=UserLevelSampling(2))
+        by_example = plan(users=ExampleLevelSampling(2))
+        for settings, records in (
+            (by_user, examples),
+            (by_user, OfContributors(examples, chosen)),
+            (by_example, examples),
+            (plan(), OfUsers(examples, chosen)),
+            (plan(users=UserLevelSampling(1)), OfUsers(examples, chosen)),
+        ):
+            with (
+                pytest.raises(ValueError, match="users|examples"),
+                private_gradients(
+                    nn.Linear(3, 2), squared, records, settings, ledger, run="x", stream=stream()
+                ),
+            ):
+                pass
+        check_unit(OfContributors(examples, chosen), by_example.users)
+
+    def test_a_record_of_several_rows_is_refused(self, ledger):
+        """Each row would be clipped by itself, and the record move the sum by all of them."""
+        records = Collated(
+            [torch.ones(3)] * 4, lambda items: torch.stack([x for x in items for _ in range(8)])
+        )
+        everyone = plan(sampler=PoissonSampler(1.0))
+        with (
+            private_gradients(
+                nn.Linear(3, 2), squared, records, everyone, ledger, run="x", stream=stream()
+            ) as gradients,
+            pytest.raises(ValueError, match="4 records gave a batch of 32 rows"),
+        ):
+            gradients.next()
+        assert ledger.steps("x") == 0
+
     def test_a_user_counts_by_the_mean_of_his_examples(self):
         torch.manual_seed(3)
         model = nn.Linear(3, 2).double()
@@ -216,11 +286,12 @@ class TestRecords:
         )
 
 
-class _Some:
-    """Some of the records."""
+class _Some(OfUsers):
+    """Some of the users."""
 
     def __init__(self, records, which):
         self.records, self.which = records, torch.tensor(list(which))
+        self.examples_per_user = records.examples_per_user
 
     def __len__(self):
         return len(self.which)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import privlm.steps
 from privlm.config import ConfigError
 from privlm.dp.ledger import BudgetExceeded
-from privlm.dp.releases import Releases
+from privlm.dp.releases import Releases, ReplayDiffers
 from privlm.runs import train_run
-from privlm.steps import NOTE, ReplayDiffers
+from privlm.steps import NOTE
 from protocols.randomness import Stream
 
 BANDED = {"noise_multiplier": 1.0, "correlation": {"kind": "banded", "bands": 3}}

@@ -6,8 +6,7 @@ and columns of a matrix, P entries of a parameter, K looked-up rows, D their wid
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -106,23 +105,22 @@ class Account:
         self.outers, self.lookups = [], []
 
     def squared_norms(self) -> Tensor:
-        """‖g‖² of every example, shape (N,); after :meth:`close`."""
+        """‖g‖² of every example, shape (N,), never less than it is; after :meth:`close`.
+
+        Gradients that are multiplied out have the norm that they have. Where a norm comes from
+        inner products, its rounding errors are proportional not to it but to M², with M the sum
+        of the norms of the summands, which may cancel each other: a bound on them is added.
+        """
         if self.samples_NP is not None:
             return _squares(self.samples_NP)
-        total: Tensor | None = None
-        for outer in self.outers:
-            total = _squared_norms_of_outer(outer)
-        for lookup in self.lookups:
-            rows = _grouped(lookup)
-            of_rows_N = torch.zeros(
-                len(lookup.ids_NR), dtype=rows.sums_KD.dtype, device=rows.sums_KD.device
-            ).index_add_(0, rows.example_K, rows.sums_KD.square().sum(1))
-            total = of_rows_N if total is None else total + of_rows_N
+        parts = [_of_outer(outer) for outer in self.outers]
+        parts += [_of_lookup(lookup) for lookup in self.lookups]
+        assert parts  # only accounts with entries are asked
+        square_N, length_N = (torch.stack(p).sum(0) for p in zip(*parts, strict=True))
         if self.outers and self.lookups:
-            assert total is not None
-            total = total + 2 * _inner_products(self.outers[0], self.lookups[0])
-        assert total is not None  # only accounts with entries are asked
-        return total
+            square_N = square_N + 2 * _inner_products(self.outers[0], self.lookups[0])
+        terms = sum(outer.left_NRI.shape[2] + outer.right_NRO.shape[2] for outer in self.outers)
+        return square_N + _rounding(terms, square_N.dtype) * length_N.square()
 
     def add_weighted(self, weight_N: Tensor, total: Tensor) -> None:
         """``total`` += Σ_n weight[n] · g[n]; after :meth:`close`."""
@@ -153,7 +151,7 @@ class Book:
         self.examples = 0
         self._accounts: list[Account] = []
         self._index: dict[int, tuple[int, Tensor]] = {}
-        self._leading: list[tuple[int, int]] | None = None
+        self.notes: list[tuple[int, int]] = []
         for index, parameter in enumerate(parameters):
             self.alias(parameter, index)
 
@@ -172,7 +170,7 @@ class Book:
 
     def open(self, examples: int) -> None:
         """Begin a backward pass over so many examples."""
-        self.examples = examples
+        self.examples, self.notes = examples, []
         self._accounts = [Account(p.shape) for p in self.parameters]
 
     @property
@@ -180,19 +178,9 @@ class Book:
         """Whether entries are taken."""
         return self.examples > 0
 
-    @contextlib.contextmanager
-    def watching_rows(self, examples: int) -> Iterator[list[tuple[int, int]]]:
-        """Collect (parameter, leading rows) of every use, in order, and enter nothing else."""
-        self.examples, self._leading = examples, []
-        try:
-            yield self._leading
-        finally:
-            self.examples, self._leading = 0, None
-
     def note(self, parameter: Tensor, rows: int) -> None:
         """A use of ``parameter`` whose result has so many leading rows."""
-        if self._leading is not None:
-            self._leading.append((self._index[id(parameter)][0], rows))
+        self.notes.append((self._index[id(parameter)][0], rows))
 
     def discard(self) -> None:
         """Forget all entries."""
@@ -284,25 +272,49 @@ def _squares(rows_NP: Tensor) -> Tensor:
     return norms_N.square()
 
 
-def _squared_norms_of_outer(entry: Outer) -> Tensor:
-    """Σ_rs ⟨left_r, left_s⟩ ⟨right_r, right_s⟩, or of the product, whichever takes less."""
+def _rounding(terms: int, dtype: torch.dtype) -> float:
+    """Bound on the error of an inner product of so many terms, relative to its factors' norms.
+
+    Errors of n roundings add up like a random walk, to √n units, with all but negligible
+    probability (Higham and Mary 2019); four times that, and as much for sums over rows.
+    """
+    return (4 * math.sqrt(terms) + 64) * torch.finfo(dtype).eps
+
+
+def _of_outer(entry: Outer) -> tuple[Tensor, Tensor]:
+    """‖Σ_r left_rᵀ right_r‖² but for rounding, and Σ_r ‖left_r‖ ‖right_r‖; shapes (N,).
+
+    The square is Σ_rs ⟨left_r, left_s⟩ ⟨right_r, right_s⟩, or that of the product, whichever
+    takes less.
+    """
     N, R, I = entry.left_NRI.shape  # noqa: E741
     O = entry.right_NRO.shape[2]  # noqa: E741
-    if R == 1:
-        return entry.left_NRI[:, 0].square().sum(1) * entry.right_NRO[:, 0].square().sum(1)
     gram = R * (I + O) < I * O
     each = (2 * R * R if gram else I * O) * entry.left_NRI.element_size()
     chunk = max(1, MAX_SCRATCH_BYTES // each)
-    norms = []
+    squares, lengths = [], []
     for start in range(0, N, chunk):
         left, right = entry.left_NRI[start : start + chunk], entry.right_NRO[start : start + chunk]
         if gram:
-            product = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
-            norms.append(product.flatten(1).sum(1).clamp_(min=0))  # rounding may go below
+            product, other = torch.bmm(left, left.mT), torch.bmm(right, right.mT)
+            diagonal = product.diagonal(dim1=1, dim2=2) * other.diagonal(dim1=1, dim2=2)
+            lengths.append(diagonal.sqrt().sum(1))
+            squares.append(product.mul_(other).flatten(1).sum(1))
         else:
-            product = torch.bmm(left.mT, right)
-            norms.append(_squares(product.flatten(1)))
-    return torch.cat(norms)
+            norms = torch.linalg.vector_norm(left, dim=2) * torch.linalg.vector_norm(right, dim=2)
+            lengths.append(norms.sum(1))
+            squares.append(_squares(_multiplied(Outer(left, right)).flatten(1)))
+    return torch.cat(squares), torch.cat(lengths)
+
+
+def _of_lookup(entry: Lookup) -> tuple[Tensor, Tensor]:
+    """As :func:`_of_outer`: the squared norm, and the sum of the norms of the values."""
+    rows = _grouped(entry)
+    square_N = torch.zeros(
+        len(entry.ids_NR), dtype=rows.sums_KD.dtype, device=rows.sums_KD.device
+    ).index_add_(0, rows.example_K, rows.sums_KD.square().sum(1))
+    length_N: Tensor = torch.linalg.vector_norm(entry.values_NRD, dim=2).sum(1)
+    return square_N, length_N
 
 
 def _grouped(entry: Lookup) -> _Rows:
