@@ -167,6 +167,7 @@ class PrivateOptimizer(Optimizer):
             raise ValueError("a closure would look at the data once more; call step without one")
         gradients = self._turns.release()
         try:
+            self.inner.zero_grad(set_to_none=True)
             for parameter, gradient in zip(self._turns.parameters, gradients, strict=True):
                 parameter.grad = gradient.to(parameter.dtype)
             self.inner.step()

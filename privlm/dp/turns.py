@@ -84,7 +84,7 @@ class Turns:
                 "example is needed, so pack and flatten examples beforehand or not at all"
             )
         batch = _on(self.parameters[0].device, part(batch, 0, len(which)))
-        self._drawn = _Drawn(batch, len(which), joined)
+        self._drawn = _Drawn(batch, _contents(batch), joined)
         return batch
 
     def clip(self, batch: Batch) -> ClippedSum:
@@ -97,7 +97,7 @@ class Turns:
         """
         self._check_open()
         drawn = self._drawn
-        if drawn is None or batch is not drawn.batch or size(batch) != drawn.examples:
+        if drawn is None or batch is not drawn.batch or _contents(batch) != drawn.contents:
             raise OutOfTurn(
                 "backward takes the batch that the loader just gave, whole and unchanged: the "
                 "accounting holds for batches drawn in secret. Put what changes it into the "
@@ -123,6 +123,7 @@ class Turns:
         drawn = self._drawn
         if drawn is None or drawn.clipped is None:
             raise OutOfTurn("step needs a backward on a batch of the loader since the last step")
+        self._check_parameters()
         gradients = self.releases.release(drawn.clipped, drawn.joined)
         self._drawn = None
         return gradients
@@ -164,7 +165,7 @@ class Turns:
 @dataclass
 class _Drawn:
     batch: Batch = field(repr=False)
-    examples: int
+    contents: tuple[tuple[str, int, int], ...]
     joined: Tensor
     clipped: ClippedSum | None = field(default=None, repr=False)
 
@@ -279,6 +280,12 @@ def epsilon_after(plan: Plan, steps: int) -> float:
     if steps == 0:
         return 0.0
     return epsilon_of(plan.event(steps), plan.delta, plan.neighbours).value
+
+
+def _contents(batch: Batch) -> tuple[tuple[str, int, int], ...]:
+    """Which tensors a batch holds, and how often each was written to."""
+    named = {"": batch} if isinstance(batch, Tensor) else batch
+    return tuple((name, id(value), value._version) for name, value in named.items())
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -268,6 +268,34 @@ class TestOrder:
             with pytest.raises(OutOfTurn, match="just gave"):
                 optimizer.backward(batch)
 
+    @pytest.mark.parametrize(
+        "change",
+        [lambda x: x.mul_(5.0), lambda x: x.sub_(x.mean(0))],
+        ids=["scaled", "mixed"],
+    )
+    def test_a_batch_written_to_is_refused(self, model, data, change):
+        with private(model, data, batch_size=24) as (_, optimizer, loader):
+            batch = next(iter(loader))
+            change(batch["x"])
+            with pytest.raises(OutOfTurn, match="just gave"):
+                optimizer.backward(batch)
+
+    def test_a_tensor_put_into_the_batch_is_refused(self, model, data):
+        with private(model, data, batch_size=24) as (_, optimizer, loader):
+            batch = next(iter(loader))
+            batch["x"] = batch["x"] - batch["x"].mean(0)
+            with pytest.raises(OutOfTurn, match="just gave"):
+                optimizer.backward(batch)
+
+    def test_an_ordinary_backward_before_the_step_is_refused(self, model, data):
+        with private(model, data, batch_size=24) as (_, optimizer, loader):
+            batch = next(iter(loader))
+            optimizer.backward(batch)
+            squared_error(model, batch).mean().backward()
+            with pytest.raises(OutOfTurn, match="ordinary backward"):
+                optimizer.step()
+            assert optimizer.steps_taken == 0
+
     def test_no_batch_is_passed_over(self, model, data):
         with private(model, data) as (_, _, loader):
             batches = iter(loader)
