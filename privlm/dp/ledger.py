@@ -2,7 +2,8 @@
 
 One JSON line an entry, each chained to the one before by SHA-256, appended and
 fsynced. A process killed at any instant leaves a ledger that counts every
-release that left; at worst it counts one that did not.
+release that left; at worst it counts one that did not. What the chain notices,
+and what it does not, :mod:`privlm.dp.history` says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from privlm.dp.accounting import DpEvent, Epsilon, Neighbours, check_delta, roun
 from privlm.dp.calibration import most_steps
 from privlm.dp.history import Entry, History, LedgerError, encoded, parsed
 from privlm.dp.plan import Plan
-from privlm.dp.spending import Spending
 from protocols.files import sync_directory
 
 _MAX_BYTES = 1 << 30
@@ -60,8 +60,8 @@ class Ledger:
         budget: what all runs together may spend; None does not ask.
 
     Raises:
-        LedgerError: it cannot be opened, another process writes to it, it was
-            tampered with, or it belongs to another data set.
+        LedgerError: it cannot be opened, another process writes to it, lines were
+            altered or are missing before the last, or it belongs to another data set.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class Ledger:
         self.path = Path(path)
         self.dataset = dataset
         self.budget = budget
-        self._room: tuple[str, Spending, int] | None = None
+        self._room: tuple[str, Plan, int] | None = None
+        self._process = os.getpid()
         self._fd = self._open(create)
         try:
             self._lock()
@@ -102,17 +103,35 @@ class Ledger:
 
         Raises:
             BudgetExceeded: the steps would cost more than the budget leaves.
-            LedgerError: the entry could not be written (disk full, say), or its cost cannot be
-                added to what is on record. The file is as it was, and the caller must not release.
+            LedgerError: the entry could not be written (disk full, say), its cost cannot be added
+                to what is on record, or the caller is a fork of the process that opened the
+                ledger, or another process has written to it. The file is as it was, and the caller
+                must not release.
+            ValueError: more steps than correlated noise was made for, or none.
         """
         if self._fd < 0:
             raise LedgerError(f"{self.path} is closed; open it again before releasing")
+        if os.getpid() != self._process:  # a fork has the lock and the end, and would overwrite
+            raise LedgerError(
+                f"{self.path} was opened by process {self._process}, and a fork of it cannot "
+                "write too; nothing was released. Release in the process that opened it"
+            )
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         spending = plan.spending
-        self._history.check_composes(spending)
+        self._history.check_composes(spending, plan.neighbours)
+        spending.check_steps(self._history.steps_of(run, spending) + count)
         room = self._required_room(run, plan, count)
-        entry = Entry(self.dataset, run, spending, count)
+        entry = Entry(
+            dataset=self.dataset,
+            run=run,
+            spending=spending,
+            neighbours=plan.neighbours,
+            clipping=plan.clipping,
+            expected_batch_size=plan.expected_batch_size,
+            count=count,
+        )
+        self._check_end()
         data, chain = encoded(entry, self._chain)
         try:
             written = os.pwrite(self._fd, data, self._end)
@@ -129,14 +148,18 @@ class Ledger:
         self._end += len(data)
         self._chain = chain
         self._history.add(entry)
-        self._room = (run, spending, room - count)
+        self._room = (run, plan, room - count)
 
     def steps(self, run: str) -> int:
         """How many releases this run has on record."""
         return self._history.steps(run)
 
     def fits(self, run: str, plan: Plan) -> bool:
-        """Whether all that this run has on record are steps of ``plan``, and not too many."""
+        """Whether all that this run has on record are steps of ``plan``; see :meth:`History.fits`.
+
+        A run that goes on asks it first: with another clipping bound, say, the same noise on the
+        same batch would be two releases whose difference has none.
+        """
         return self._history.fits(run, plan)
 
     def event(self) -> DpEvent:
@@ -159,13 +182,12 @@ class Ledger:
             at_most: no more are asked for; by default those that the plan has left.
         """
         spending = plan.spending
-        self._history.check_composes(spending)
-        needed = {self._history.neighbours, spending.neighbours, plan.neighbours}
+        self._history.check_composes(spending, plan.neighbours)
         return most_steps(
             lambda count: self._history.event_with(run, spending, count),
             budget.epsilon,
             budget.delta,
-            "replace-one" if "replace-one" in needed else "add-or-remove-one",
+            self._relation(plan),
             at_most=plan.steps - self.steps(run) if at_most is None else at_most,
         )
 
@@ -173,19 +195,33 @@ class Ledger:
         """Steps that the budget leaves, at least ``count``; counted anew when the kind changes."""
         if self.budget is None:
             return count
-        if self._room is not None and self._room[:2] == (run, plan.spending):
+        if self._room is not None and self._room[:2] == (run, plan):
             room = self._room[2]
         else:
             wanted = max(count, plan.steps - self.steps(run))
             room = self.allowance(run, plan, self.budget, at_most=wanted)
         if room < count:
-            spent = rounded_up(self.spent(self.budget.delta).value)
+            spent = rounded_up(self.spent(self.budget.delta, self._relation(plan)).value)
             raise BudgetExceeded(
                 f"{self.path}: {count} more steps would exceed the budget of ε = "
                 f"{self.budget.epsilon:g} at δ = {self.budget.delta:g}; ε = {spent} is spent. "
                 "Nothing was released; stop here, or decide on a larger budget"
             )
         return room
+
+    def _relation(self, plan: Plan) -> Neighbours:
+        """The strongest that a release on record, or a step of ``plan``, was planned for."""
+        replacing = "replace-one" in (self._history.neighbours, plan.neighbours)
+        return "replace-one" if replacing else "add-or-remove-one"
+
+    def _check_end(self) -> None:
+        size = os.fstat(self._fd).st_size
+        if size != self._end:
+            raise LedgerError(
+                f"{self.path} has {size} bytes, and {self._end} when this process last wrote: "
+                "another has written to it meanwhile. Nothing was released; see what wrote there, "
+                "and open it again"
+            )
 
     def _open(self, create: bool) -> int:
         if not create and not self.path.exists():
@@ -232,7 +268,8 @@ def read_ledger(path: Path) -> History:
     """What a ledger file says, without a lock: a run may be writing to it.
 
     Raises:
-        LedgerError: it cannot be read, is no ledger, or was tampered with.
+        LedgerError: it cannot be read, is no ledger, or lines were altered or are missing before
+            the last.
     """
     try:
         with Path(path).open("rb") as file:

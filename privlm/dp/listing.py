@@ -14,9 +14,13 @@ from privlm.dp.spending import Spending
 
 
 class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """One run: how many steps of which kinds, and its ε alone."""
+    """One run: how many steps of which kinds, and its ε alone.
+
+    ``file`` tells runs of equal names apart: two files know nothing of each other.
+    """
 
     run: str
+    file: str
     steps: int
     epsilon: float
     kinds: tuple[Spending, ...]
@@ -35,7 +39,10 @@ class ListedDataSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Listing(msgspec.Struct, frozen=True, kw_only=True):
-    """``unreadable`` gives the reason for every file that is not counted."""
+    """``unreadable`` gives the reason for every file that is not counted.
+
+    Such is also a file whose cost is unknown, or cannot be added to that of the files before it.
+    """
 
     delta: float
     data_sets: tuple[ListedDataSet, ...]
@@ -51,35 +58,46 @@ def list_ledgers(path: Path, delta: float, done: Callable[[int], None] = lambda 
         done: told how many data sets are accounted for.
 
     Raises:
-        LedgerError: nothing is there to be read.
+        LedgerError: nothing is there to be read, or the one file cannot be counted.
         ValueError: δ outside (0, 1).
     """
     check_delta(delta)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise LedgerError(f"{path}: no ledger lies there; name a ledger, or a folder of *.jsonl")
-    histories: dict[str, History] = {}
-    places: dict[str, list[str]] = {}
+    together: dict[str, History] = {}
+    apart: dict[str, dict[str, History]] = {}
     unreadable: dict[str, str] = {}
     for file in files:
         try:
             history = read_ledger(file)
+            if history.dataset is not None:
+                known = together.get(history.dataset, History())
+                _merge(known, history, str(file))
+                together[history.dataset] = known
+                apart.setdefault(history.dataset, {})[str(file)] = history
         except LedgerError as error:
             if not path.is_dir():
                 raise
             unreadable[str(file)] = str(error)
-            continue
-        if history.dataset is not None:
-            histories.setdefault(history.dataset, History()).merge(history)
-            places.setdefault(history.dataset, []).append(str(file))
     listed = []
-    for number, (dataset, history) in enumerate(histories.items(), start=1):
-        listed.append(_listed(dataset, history, tuple(places[dataset]), delta))
+    for number, (dataset, history) in enumerate(together.items(), start=1):
+        listed.append(_listed(dataset, history, apart[dataset], delta))
         done(number)
     return Listing(delta=delta, data_sets=tuple(listed), unreadable=unreadable)
 
 
-def _listed(dataset: str, history: History, files: tuple[str, ...], delta: float) -> ListedDataSet:
+def _merge(known: History, history: History, file: str) -> None:
+    try:
+        history.event()  # more steps than correlated noise was made for have no cost
+        known.merge(history, file)
+    except ValueError as error:
+        raise LedgerError(f"{file}: {error}") from error
+
+
+def _listed(
+    dataset: str, history: History, files: dict[str, History], delta: float
+) -> ListedDataSet:
     known: dict[str, float] = {}
 
     def spent(alone: History) -> float:
@@ -91,15 +109,17 @@ def _listed(dataset: str, history: History, files: tuple[str, ...], delta: float
     together = history.spent(delta)
     return ListedDataSet(
         dataset=dataset,
-        files=files,
+        files=tuple(files),
         runs=tuple(
             ListedRun(
                 run=run,
+                file=file,
                 steps=kinds.total(),
-                epsilon=spent(history.of_run(run)),
+                epsilon=spent(alone.of_run(run)),
                 kinds=tuple(kinds),
             )
-            for run, kinds in history.releases.items()
+            for file, alone in files.items()
+            for run, kinds in alone.releases.items()
         ),
         epsilon=together.value,
         accountant=together.accountant,

@@ -65,7 +65,8 @@ class TruncatedPoissonSampler(
         max_batch_size: the capacity.
         population: public size of the larger of two neighbouring data sets. The guarantee is for
             data sets of ``population`` and of ``population`` - 1 examples; others are refused,
-            because the cost is not monotone in the size.
+            because the cost is not monotone in the size. For replacing one, the dearer of the two
+            sizes is accounted.
     """
 
     sampling_probability: float

@@ -30,6 +30,10 @@ class Spending(
 ):
     """One kind of release: equal spendings compose, whatever run they come from.
 
+    Of correlated noise the strategy is kept and not its coefficients, which are computed again when
+    its cost is asked for: by the version that reads, on the processor that it runs on. A version
+    that finds others would have to read these entries as another kind.
+
     Attributes:
         sampler: draws the batches, and knows its amplification.
         noise_multiplier: standard deviation of the noise over the clipping bound; all that a step
@@ -84,12 +88,21 @@ class Spending(
         """The relation that the sampler is usually accounted under."""
         return "replace-one" if isinstance(self.sampler, FixedSizeSampler) else "add-or-remove-one"
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ``ValueError`` for more steps of one run than correlated noise was made for."""
+        if self.correlation is not None and steps > self.horizon:
+            raise ValueError(
+                f"correlated noise was made for {self.horizon} steps, and nothing is known of "
+                f"{steps}; plan as many steps as will be taken"
+            )
+
     def event(self, steps: int) -> DpEvent:
         """What the first ``steps`` steps of one run cost together.
 
         Raises:
             ValueError: more steps than correlated noise was made for.
         """
+        self.check_steps(steps)
         if isinstance(self.users, ExampleLevelSampling):
             assert isinstance(self.sampler, PoissonSampler)
             return self.users.event(self.sampler.sampling_probability, self.noise_multiplier, steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from privlm.dp import Ledger, Plan, PoissonSampler, read_ledger
+from privlm.dp import Ledger, LedgerError, Plan, PoissonSampler, read_ledger
 
 KILLS = 50
 PLAN = Plan(
@@ -73,9 +73,9 @@ def test_a_writer_that_acknowledges_first_is_caught(tmp_path, rng):
         held = 0
 
         def record(self, run: str, plan: Plan, count: int = 1) -> None:
-            self.held += 1  # buffered: ten entries at a time reach the file
-            if self.held % 10 == 0:
-                super().record(run, plan, 10)
+            self.held += 1  # buffered: as many as are announced in milliseconds
+            if self.held % 5000 == 0:
+                super().record(run, plan, 5000)
 
     def write(path: Path, acknowledge: int) -> None:
         write_until_killed(path, acknowledge, Late)
@@ -87,3 +87,25 @@ def test_a_writer_that_acknowledges_first_is_caught(tmp_path, rng):
         heard = acknowledged_by_a_killed_writer(path, rng.expovariate(1 / 0.002), write)
         lost += max(0, heard - (read_ledger(path).steps("a") - before))
     assert lost > 0
+
+
+def test_forks_of_a_writer_record_nothing(tmp_path):
+    """Each would write over the entries of the others: lock and end of file are inherited."""
+    path, refused = tmp_path / "ledger", 0
+    with Ledger(path, dataset="d") as ledger:
+        ledger.record("parent", PLAN)
+        for number in range(3):
+            child = os.fork()
+            if child == 0:
+                try:
+                    ledger.record(f"child {number}", PLAN, 5)
+                except LedgerError as error:
+                    os._exit(17 if "opened by process" in str(error) else 18)
+                finally:
+                    os._exit(70)
+            refused += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        ledger.record("parent", PLAN)
+    assert refused == 3
+    assert {run: kinds.total() for run, kinds in read_ledger(path).releases.items()} == {
+        "parent": 2
+    }

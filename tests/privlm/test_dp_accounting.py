@@ -6,6 +6,7 @@ import dp_accounting
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 
 from privlm.dp import (
     BallsInBinsSampler,
@@ -23,7 +24,14 @@ from privlm.dp import (
     most_steps,
     trade_off,
 )
-from privlm.dp.accounting import composed, rounded_up
+from privlm.dp.accounting import (
+    _deltas_of,
+    _epsilon_of,
+    _resized,
+    composed,
+    deltas_of,
+    rounded_up,
+)
 
 
 def poisson_gaussian(sigma: float, q: float, steps: int) -> dp_accounting.DpEvent:
@@ -290,3 +298,62 @@ def test_a_delta_too_small_for_pld_is_answered_by_renyi():
     spent = epsilon_of(poisson_gaussian(1.0, 0.02, 100), 1e-18)
     assert spent.accountant == "RDP"
     assert math.isfinite(spent.value)
+
+
+def exact_delta(mu: float, epsilon: float) -> float:
+    """δ(ε) of N(0, 1) against N(μ, 1) (Balle and Wang 2018, theorem 8)."""
+    below = stats.norm.logsf(epsilon / mu + mu / 2)
+    return stats.norm.sf(epsilon / mu - mu / 2) - math.exp(epsilon + below)
+
+
+@pytest.mark.parametrize(("mu", "steps"), [(3, 30_000), (6, 1000), (1, 10**6)])
+@pytest.mark.parametrize("neighbours", ["add-or-remove-one", "replace-one"])
+def test_round_off_does_not_carry_epsilon_below_the_truth_at_a_tiny_delta(mu, steps, neighbours):
+    """n releases at a rate of all but 1 are one Gaussian release of √n times the shift."""
+    bounds = 1 if neighbours == "add-or-remove-one" else 2
+    event = poisson_gaussian(bounds * math.sqrt(steps) / mu, 1 - 1e-13, steps)
+    for delta in (1e-9, 1e-10, 1.2e-11, 1e-12):
+        spent = epsilon_of(event, delta, neighbours)
+        exact = brentq(lambda e: exact_delta(mu, e) - delta, 0, 500)  # noqa: B023
+        assert exact <= spent.value
+        if 1e-16 * steps < delta and delta > 1e-11:
+            assert spent.accountant == "PLD"
+            assert spent.value < 1.2 * exact
+        else:
+            assert "cannot resolve" in spent.fallback_reason
+            if neighbours == "add-or-remove-one":  # Rényi DP does not know the other
+                assert spent.accountant == "RDP"
+                assert spent.value < 1.2 * exact
+            else:
+                assert spent.value == math.inf
+
+
+def test_round_off_does_not_carry_the_privacy_profile_below_the_truth():
+    mu, steps = 3, 30_000
+    event = poisson_gaussian(math.sqrt(steps) / mu, 1 - 1e-13, steps)
+    epsilons = np.array([12.0, 20.0, 23.0, 24.0, 25.0, 27.0])
+    exact = np.array([exact_delta(mu, epsilon) for epsilon in epsilons])
+    assert (deltas_of(event, epsilons) >= exact).all()
+
+
+@pytest.mark.parametrize(
+    ("population", "capacity", "q", "dearer"),
+    [(20, 10, 0.9, 19), (3, 1, 0.9, 2), (3, 2, 1.0, 3)],
+)
+def test_replacing_one_of_truncated_batches_is_accounted_for_the_dearer_size(
+    population, capacity, q, dearer
+):
+    """Batches are drawn from ``population`` examples or one less; neither is always dearer."""
+
+    def of_size(examples: int) -> float:
+        event = TruncatedPoissonSampler(q, capacity, population).event(2.0, 1)
+        sizes = {population: examples}
+        return _epsilon_of(_resized(event, sizes), 1e-5, "replace-one", 1.0).value
+
+    costs = {examples: of_size(examples) for examples in (population, population - 1)}
+    event = TruncatedPoissonSampler(q, capacity, population).event(2.0, 1)
+    assert epsilon_of(event, 1e-5, "replace-one").value == max(costs.values()) == costs[dearer]
+    assert costs[population] != costs[population - 1]
+    deltas = deltas_of(event, np.array([5.0]), "replace-one")
+    smaller = composed([_resized(event, {population: population - 1})])
+    assert deltas >= _deltas_of(smaller, np.array([5.0]), "replace-one")

@@ -220,6 +220,17 @@ def test_banded_noise_under_cyclic_sampling_costs_its_rounds():
     assert banded.event(8) == PoissonSampler(0.1).event(1.0, 1)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "strategy"),
+    [(CyclicPoissonSampler(0.1, 8), Banded(8)), (BallsInBinsSampler(8), Blt(2))],
+)
+def test_correlated_noise_has_no_cost_beyond_the_steps_that_it_was_made_for(sampler, strategy):
+    made = plan(sampler=sampler, correlation=strategy, steps=20)
+    assert made.event(20) == made.event()
+    with pytest.raises(ValueError, match="made for 20 steps"):
+        made.event(21)
+
+
 @pytest.mark.parametrize("strategy", [Banded(4), Blt(2)])
 def test_unamplified_correlated_noise_is_one_gaussian(strategy):
     """The matrix mechanism: sensitivity of all participations together, by brute force."""
