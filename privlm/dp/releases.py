@@ -95,6 +95,8 @@ class Releases:
                 f"the ledger counts steps of another plan under the name {run!r}; give another "
                 "plan another name, or go on with the plan of that run"
             )
+        if shard is not None:
+            _check_shared(plan, paid, start, canaries)
         if start is not None and start < paid and released is None:
             raise ValueError(
                 f"steps {start} to {paid - 1} of run {run!r} were released before: give the "
@@ -108,8 +110,6 @@ class Releases:
             )
         if canaries is not None and isinstance(plan.clipping, AdaptiveClipping):
             raise ValueError("gradient canaries need one clipping bound; use flat clipping")
-        if shard is not None:
-            _check_shared(plan, paid, start, canaries)
         self.plan = plan
         self.step = paid if start is None else start
         self.max_grad_norm = plan.max_grad_norm

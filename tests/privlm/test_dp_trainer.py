@@ -24,6 +24,7 @@ from transformers import (
 
 from privlm.dp import NO_LEDGER, AutomaticClipping, LedgerError, read_ledger
 from privlm.dp import huggingface as door
+from privlm.dp.clipping import ROUNDING_MARGIN
 from privlm.dp.huggingface import MARKER, PrivateTrainer
 from privlm.dp.releases import BudgetSpent
 from privlm.dp.trainer_arguments import (
@@ -257,7 +258,8 @@ class TestTraining:
             gradient = torch.cat(
                 [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
             )
-            expected += gradient * min(1.0, bound / float(gradient.norm()))
+            kept = bound * (1 - ROUNDING_MARGIN)
+            expected += gradient * min(1.0, kept / float(gradient.norm()))
         before = flat(model)
         args = arguments(
             per_device_train_batch_size=micro,
@@ -268,7 +270,11 @@ class TestTraining:
             optim="sgd",
         )
         trainer(model, args, privacy(noise_multiplier=0.0)).train()
-        torch.testing.assert_close(flat(model), before - expected / EXAMPLES, rtol=1e-4, atol=1e-6)
+        # Float32 norms are rounded up by about 10^-4.
+        moved = flat(model) - before
+        torch.testing.assert_close(
+            moved, -expected / EXAMPLES, rtol=1e-3, atol=3e-4 * float(expected.abs().max())
+        )
 
     def test_noise_comes_once_a_step_and_not_from_the_seed(self, model, arguments, privacy):
         """z-test of the variance at |z| < 6.5; false alarms below 10^-9. Once per micro-batch
