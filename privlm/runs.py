@@ -253,7 +253,7 @@ class _Private:
             run=self._run,
             stream=stream,
             start=start.step,
-            released=log.digests,
+            released=log.digests if needs_one_seed(plan) else None,
             microbatch_size=config.microbatch_size,
         ) as gradients:
             releases = gradients.releases

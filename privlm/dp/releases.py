@@ -62,8 +62,9 @@ class Releases:
         run: this run's name in it.
         stream: secret randomness of the run; sampling and noise use children of it.
         start: the first step to release; by default the one behind those on the ledger.
-        released: where steps are made again, the :attr:`digest` of each release that was made
-            before, by step. A digest is to be kept before anything is made of its release.
+        released: the :attr:`digest` of each release that was made before, by step; empty at first.
+            For runs that may make steps again: a digest is to be kept before anything is made of
+            its release. None computes no digests, which would cost as much as the noise.
         canaries: more records, through which an audit watches.
         shard: number of the part of each sum that this process releases, where several release one
             together; see :mod:`privlm.dp.distributed`. Its noise is its own. A step that the ledger
@@ -116,7 +117,7 @@ class Releases:
         self.canaries = canaries
         self.report: StepReport | None = None
         self.digest: str | None = None
-        self._released = {} if released is None else released
+        self._released = released
         stream = stream.child(f"run {run}")  # two runs of one stream share nothing
         self._ledger = ledger
         self._run = run
@@ -163,8 +164,10 @@ class Releases:
         if self.step >= self._ledger.steps(self._run):
             self._ledger.record(self._run, self.plan)
         values = self._noised(clipped)
-        self.digest = _digest(values)
-        if self._released.get(self.step, self.digest) != self.digest:
+        self.digest = None if self._released is None else _digest(values)
+        if self._released is not None and (
+            self._released.get(self.step, self.digest) != self.digest
+        ):
             raise ReplayDiffers(
                 f"step {self.step} was released before, and comes out differently now; nothing is "
                 "made of it. Go on with the model, optimiser, processor, number of threads, "

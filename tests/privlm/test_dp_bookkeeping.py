@@ -337,6 +337,24 @@ class TestLayers:
 
 @pytest.mark.usefixtures("seeded")
 class TestRefusals:
+    def test_examples_given_by_name_to_a_layer_without_a_rule(self):
+        """They would not be told apart by functorch."""
+
+        class Gated(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(5).double())
+
+            def forward(self, x, gate):
+                return torch.einsum("...i,i->...i", x, self.weight) * gate
+
+        model = Net(lambda m, x: m.g(x, gate=x.sin()), g=Gated())
+        with (
+            pytest.warns(UserWarning, match="functorch"),
+            pytest.raises(ValueError, match="takes gate by name"),
+        ):
+            summed(model, squared, torch.randn(EXAMPLES, 6, 5).double())
+
     @pytest.mark.parametrize("trained", [True, False])
     def test_batch_norm(self, trained):
         model = Net(lambda m, x: m.a(m.b(x)), b=nn.BatchNorm1d(5), a=nn.Linear(5, 3))

@@ -98,6 +98,12 @@ class Patches:
     def _run_whole(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         trained = {n: p for n, p in module.named_parameters() if self._book.knows(p)}
         tensors = [a for a in args if isinstance(a, Tensor)]
+        named = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+        if named:
+            raise ValueError(
+                f"{type(module).__name__} has no rule for per-example gradients and takes "
+                f"{', '.join(named)} by name, which may hold examples; pass it by position"
+            )
 
         def call(parameters: dict[str, Tensor], *values: Tensor) -> Tensor:
             rest = iter(values)
